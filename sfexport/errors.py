@@ -1,0 +1,50 @@
+"""The one exception tree of sfexport. Imports nothing, so that every floor can raise from it."""
+
+from __future__ import annotations
+
+
+class SfexportError(Exception):
+    """Something sfexport can explain: what is wrong, with which file or value, and what to do.
+
+    Attributes:
+        hint: what the reader can do about it (printed after the message), or an empty string.
+        exit_code: the command line's exit status: 1 for a run that failed, 2 for bad usage or input.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def paragraph(self) -> str:
+        """Message and hint as one paragraph."""
+        return " ".join(part for part in (str(self), self.hint) if part)
+
+
+class InputError(SfexportError):
+    """The caller's file, value or combination of options cannot be used (exit status 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint is incomplete, damaged, or of a kind this version does not handle."""
+
+
+class BundleError(InputError):
+    """A bundle or engine directory does not hold what its manifest promises."""
+
+
+class VideoError(InputError):
+    """A video cannot be read."""
+
+
+class MissingDependency(SfexportError):
+    """An optional library is needed for this command and is not installed."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the library '{library}', which is not installed.",
+            f"Install it with: pip install 'sfexport[{extra}]'.",
+        )

@@ -1,0 +1,288 @@
+"""What config.json says about a model, as dataclasses, and the tensors such a model must have.
+
+Pure Python: no torch, no onnx. The torch model, the graphs and the host code all read these, so that a
+field's meaning and its default (which follow the reference implementation) are decided in one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfexport.errors import CheckpointError
+
+MODEL_TYPE = "llava_qwen_slow_fast"
+GATING_TYPES = (
+    "whole-dynamic",
+    "whole-dynamic-tanh",
+    "whole-dynamic-warmup",
+    "whole-dynamic-tanh-warmup",
+)
+DECODE_MODES = ("released", "trained")
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+
+Shapes = Mapping[str, tuple[int, ...]]
+_REQUIRED = object()
+
+
+def _field(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> Any:
+    value = config.get(name)
+    if value is not None:
+        return value
+    if default is _REQUIRED:
+        raise CheckpointError(f"config.json has no value for '{name}', which this model needs.")
+    return default
+
+
+def _positive(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> int:
+    value = _field(config, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: '{name}' must be a positive whole number, not {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The Qwen2 decoder.
+
+    Attributes:
+        max_length: merged sequences (text and fast tokens) are cut to this many positions; None: no limit.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_length: int | None
+    padding_side: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextFacts:
+        hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+        if config.get("use_sliding_window") and config.get("sliding_window"):
+            raise CheckpointError("config.json asks for sliding-window attention, which sfexport does not export.")
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not Qwen2's 'silu'.")
+        # transformers 5 keeps the base in rope_parameters; the released files have rope_theta.
+        rope = config.get("rope_parameters") or {}
+        return cls(
+            hidden_size=hidden,
+            num_layers=_positive(config, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=_positive(config, "num_key_value_heads", heads),
+            head_dim=_positive(config, "head_dim", hidden // heads),
+            intermediate_size=_positive(config, "intermediate_size"),
+            vocab_size=_positive(config, "vocab_size"),
+            rms_norm_eps=float(_field(config, "rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or _field(config, "rope_theta", 10000.0)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_length=config.get("tokenizer_model_max_length"),
+            padding_side=config.get("tokenizer_padding_side") or "right",
+        )
+
+
+@dataclass(frozen=True)
+class GateFacts:
+    """g = [tanh](W_g o + b_g) * [tanh](warm_up_gate): which of the two factors exist and pass through tanh."""
+
+    dynamic_tanh: bool
+    warm_up: bool
+    warm_up_tanh: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GateFacts:
+        gating = _field(config, "cross_attn_gating_type")
+        if gating not in GATING_TYPES:
+            raise CheckpointError(
+                f"config.json: unknown cross_attn_gating_type {gating!r}.",
+                f"The types that work in the reference are: {', '.join(GATING_TYPES)}.",
+            )
+        warm_up = gating.endswith("warmup")
+        text_only = _field(config, "cross_attn_implementation").startswith("text-only-vanilla")
+        return cls(dynamic_tanh="tanh" in gating, warm_up=warm_up, warm_up_tanh=warm_up and text_only)
+
+
+@dataclass(frozen=True)
+class FastPathFacts:
+    """How fast tokens are made from the pooled tokens of all frames (paper section 3; REFERENCE order:
+    frame sampling, then temporal pooling, then spatial pooling)."""
+
+    sampling_stride: int
+    temporal_stride: int
+    spatial_stride: int
+    min_frames: int
+
+
+@dataclass(frozen=True)
+class SlowFastFacts:
+    """The slow branch.
+
+    Attributes:
+        hybrid_layers: indices of the decoder layers with cross-attention; empty: a plain video MLLM.
+        attends: which positions query the slow tokens: 'text', 'text-after-video' (masksystem) or 'all'.
+        video_pooling_stride: k of the k x k average pooling of each frame's tokens (videos only).
+    """
+
+    hybrid_layers: tuple[int, ...]
+    attends: str
+    gate: GateFacts | None
+    fast: FastPathFacts
+    video_pooling_stride: int
+    decode_mode: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SlowFastFacts:
+        hybrid = hybrid_layers(config)
+        mode = config.get("decode_mode") or "released"
+        if mode not in DECODE_MODES:
+            raise CheckpointError(f"config.json: decode_mode {mode!r} is not one of {', '.join(DECODE_MODES)}.")
+        default = _REQUIRED if hybrid else 1
+        return cls(
+            hybrid_layers=hybrid,
+            attends=_attends(_field(config, "cross_attn_implementation")) if hybrid else "text",
+            gate=GateFacts.from_config(config) if hybrid else None,
+            fast=FastPathFacts(
+                sampling_stride=_positive(config, "fast_token_temporal_sampling_stride", default),
+                temporal_stride=_positive(config, "fast_token_temporal_stride", default),
+                spatial_stride=_positive(config, "fast_token_spatial_stride", default),
+                min_frames=_positive(config, "min_fast_frames", 1),
+            ),
+            video_pooling_stride=_positive(config, "mm_video_pooling_stride"),
+            decode_mode=mode,
+        )
+
+
+def hybrid_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """range(min depth, max depth, every n); the presence of cross_attn_every_n_layers turns the branch on."""
+    if config.get("cross_attn_every_n_layers") is None:
+        return ()
+    layers = _positive(config, "num_hidden_layers")
+    start = config.get("cross_attn_min_layer_depth") or 0
+    stop = config.get("cross_attn_max_layer_depth")
+    stop = layers if stop is None else stop
+    return tuple(i for i in range(start, stop, _positive(config, "cross_attn_every_n_layers")) if i < layers)
+
+
+def _attends(implementation: str) -> str:
+    if implementation.startswith("vanilla"):
+        return "all"
+    if implementation.startswith("text-only-vanilla"):
+        return "text-after-video" if "masksystem" in implementation else "text"
+    raise CheckpointError(
+        f"config.json: unknown cross_attn_implementation {implementation!r}.",
+        "It must begin with 'text-only-vanilla' or 'vanilla' (with '-masksystem' or '-flashattn' as options).",
+    )
+
+
+@dataclass(frozen=True)
+class ProjectorFacts:
+    """Linear, identity, or an MLP of `depth` linear layers (tensor names mm_projector.0, .2, .4, ...)."""
+
+    kind: str
+    depth: int
+    in_size: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ProjectorFacts:
+        name = config.get("mm_projector_type") or "linear"
+        size = _positive(config, "mm_hidden_size")
+        if name in ("linear", "identity"):
+            return cls(name, int(name == "linear"), size)
+        match = re.fullmatch(r"mlp(\d+)x_gelu", name)
+        if not match:
+            raise CheckpointError(
+                f"config.json: unknown mm_projector_type {name!r}.", "Known: linear, identity, mlp<N>x_gelu."
+            )
+        return cls("mlp", int(match.group(1)), size)
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear layers, without '.weight'."""
+        if self.kind == "linear":
+            return ["model.mm_projector"]
+        return [f"model.mm_projector.{2 * i}" for i in range(self.depth)]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Everything but the vision tower, whose size is read from the tensors (see sfexport.towers)."""
+
+    text: TextFacts
+    slow_fast: SlowFastFacts
+    projector: ProjectorFacts
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts:
+        """Raises CheckpointError naming the field that is missing or has no meaning here."""
+        if config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"config.json: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}.",
+                "sfexport takes Slow-Fast Video MLLM checkpoints only.",
+            )
+        return cls(
+            TextFacts.from_config(config), SlowFastFacts.from_config(config), ProjectorFacts.from_config(config)
+        )
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor outside the vision tower."""
+        text = self.text
+        out = {
+            "model.embed_tokens.weight": (text.vocab_size, text.hidden_size),
+            "model.norm.weight": (text.hidden_size,),
+        }
+        if not text.tie_word_embeddings:
+            out["lm_head.weight"] = (text.vocab_size, text.hidden_size)
+        for i in range(text.num_layers):
+            out |= _layer_tensors(text, f"model.layers.{i}.")
+            if i in self.slow_fast.hybrid_layers:
+                out |= _cross_attention_tensors(text, self.slow_fast.gate, f"model.layers.{i}.self_attn.")
+        return out | self._projector_tensors()
+
+    def _projector_tensors(self) -> dict[str, tuple[int, ...]]:
+        out: dict[str, tuple[int, ...]] = {}
+        width = self.projector.in_size
+        for name in self.projector.linear_names() if self.projector.kind != "identity" else []:
+            out[f"{name}.weight"] = (self.text.hidden_size, width)
+            out[f"{name}.bias"] = (self.text.hidden_size,)
+            width = self.text.hidden_size
+        return out
+
+
+def _layer_tensors(text: TextFacts, p: str) -> dict[str, tuple[int, ...]]:
+    hidden, inter = text.hidden_size, text.intermediate_size
+    q_size, kv_size = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        f"{p}self_attn.q_proj.weight": (q_size, hidden),
+        f"{p}self_attn.q_proj.bias": (q_size,),
+        f"{p}self_attn.k_proj.weight": (kv_size, hidden),
+        f"{p}self_attn.k_proj.bias": (kv_size,),
+        f"{p}self_attn.v_proj.weight": (kv_size, hidden),
+        f"{p}self_attn.v_proj.bias": (kv_size,),
+        f"{p}self_attn.o_proj.weight": (hidden, q_size),
+        f"{p}mlp.gate_proj.weight": (inter, hidden),
+        f"{p}mlp.up_proj.weight": (inter, hidden),
+        f"{p}mlp.down_proj.weight": (hidden, inter),
+        f"{p}input_layernorm.weight": (hidden,),
+        f"{p}post_attention_layernorm.weight": (hidden,),
+    }
+
+
+def _cross_attention_tensors(text: TextFacts, gate: GateFacts, p: str) -> dict[str, tuple[int, ...]]:
+    rows = 2 * text.num_kv_heads * text.head_dim
+    q_size = text.num_heads * text.head_dim
+    out = {
+        f"{p}cross_attn_kv_proj.weight": (rows, text.hidden_size),
+        f"{p}cross_attn_kv_proj.bias": (rows,),
+        f"{p}cross_attn_gate_proj.0.weight": (1, q_size),
+        f"{p}cross_attn_gate_proj.0.bias": (1,),
+    }
+    if gate.warm_up:
+        out[f"{p}cross_attn_warm_up_gate"] = (1,)
+    return out

@@ -1,0 +1,15 @@
+"""The PyTorch model: the truth that graphs and engines are compared with.
+
+Importing this package registers `llava_qwen_slow_fast` with transformers' AutoConfig and
+AutoModelForCausalLM. It needs the `torch` extra; only the torch backend, parity and training import it.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sfexport.model.configuration import LlavaQwenSlowFastConfig
+from sfexport.model.modeling import LlavaQwenSlowFastForCausalLM, LlavaQwenSlowFastModel
+
+__all__ = ["LlavaQwenSlowFastConfig", "LlavaQwenSlowFastForCausalLM", "LlavaQwenSlowFastModel"]
+
+AutoConfig.register(LlavaQwenSlowFastConfig.model_type, LlavaQwenSlowFastConfig, exist_ok=True)
+AutoModelForCausalLM.register(LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM, exist_ok=True)

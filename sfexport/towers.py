@@ -1,0 +1,285 @@
+"""Vision towers: which kind a checkpoint has, its sizes read from the tensors, and the tensors it must have.
+
+Pure Python, same floor as facts.py. Released checkpoints do not store the tower's sizes in config.json, so
+they are inferred from tensor shapes; what shapes cannot tell (a ViT's head count) comes from the published
+models of that width or from `mm_vision_num_attention_heads`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfexport.errors import CheckpointError
+from sfexport.facts import TOWER_PREFIX, Shapes
+
+VIT_PREFIX = TOWER_PREFIX + "vision_model."
+# Widths of the published CLIP and SigLIP towers -> attention heads.
+VIT_HEADS = {768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16}
+
+
+@dataclass(frozen=True)
+class ConvNextTower:
+    """ConvNeXt as in timm: stem k x k / k, stages of depthwise blocks, no final norm, no head.
+
+    `layer_norm_eps` is 1e-5 for every LayerNorm (the reference's ConvNeXt-XXL; timm's default is 1e-6).
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem_patch: int
+    kernel: int
+    layer_norm_eps: float = 1e-5
+    kind: str = "convnext"
+
+    @property
+    def out_size(self) -> int:
+        return self.widths[-1]
+
+    def grid(self, image_size: int) -> int:
+        """Tokens per side for a square image of `image_size` pixels."""
+        side = image_size // self.stem_patch
+        for _ in self.depths[1:]:
+            side //= 2
+        return side
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        p, widths = TOWER_PREFIX, self.widths
+        out = {f"{p}stem.0.weight": (widths[0], 3, self.stem_patch, self.stem_patch), f"{p}stem.0.bias": (widths[0],)}
+        out |= _norm(f"{p}stem.1", widths[0])
+        for s, (depth, width) in enumerate(zip(self.depths, widths, strict=True)):
+            if s:
+                out |= _norm(f"{p}stages.{s}.downsample.0", widths[s - 1])
+                out[f"{p}stages.{s}.downsample.1.weight"] = (width, widths[s - 1], 2, 2)
+                out[f"{p}stages.{s}.downsample.1.bias"] = (width,)
+            for j in range(depth):
+                out |= _convnext_block(f"{p}stages.{s}.blocks.{j}.", width, self.kernel)
+        return out
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, out_size: int, in_size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out_size, in_size), f"{name}.bias": (out_size,)}
+
+
+def _convnext_block(p: str, width: int, kernel: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{p}weight": (width,),
+        f"{p}conv_dw.weight": (width, 1, kernel, kernel),
+        f"{p}conv_dw.bias": (width,),
+        **_norm(f"{p}norm", width),
+        **_linear(f"{p}mlp.fc1", 4 * width, width),
+        **_linear(f"{p}mlp.fc2", width, 4 * width),
+    }
+
+
+@dataclass(frozen=True)
+class VitTower:
+    """CLIP or SigLIP vision transformer in transformers' names, cut after `num_layers_used` layers.
+
+    The reference takes hidden_states[mm_vision_select_layer] (default -2: without the last layer) and, for
+    CLIP with select feature 'patch', drops the class token.
+    """
+
+    kind: str
+    width: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch: int
+    image_size: int
+    select_layer: int
+    drop_class_token: bool
+    layer_norm_eps: float
+    activation: str
+
+    @property
+    def out_size(self) -> int:
+        return self.width
+
+    @property
+    def num_layers_used(self) -> int:
+        """Encoder layers that run: hidden_states[k] is the output of k layers ([0] is the embedding)."""
+        k = self.select_layer
+        return k if k >= 0 else self.num_layers + 1 + k
+
+    def grid(self, image_size: int) -> int:
+        return image_size // self.patch
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        p, width = VIT_PREFIX, self.width
+        cells = self.grid(self.image_size) ** 2
+        out = {f"{p}embeddings.patch_embedding.weight": (width, 3, self.patch, self.patch)}
+        if self.kind == "clip":
+            out[f"{p}embeddings.class_embedding"] = (width,)
+            out |= _norm(f"{p}pre_layrnorm", width)
+            cells += 1
+        else:
+            out[f"{p}embeddings.patch_embedding.bias"] = (width,)
+        out[f"{p}embeddings.position_embedding.weight"] = (cells, width)
+        for i in range(self.num_layers_used):
+            q = f"{p}encoder.layers.{i}."
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                out |= _linear(f"{q}self_attn.{name}", width, width)
+            out |= _linear(f"{q}mlp.fc1", self.intermediate_size, width)
+            out |= _linear(f"{q}mlp.fc2", width, self.intermediate_size)
+            out |= _norm(f"{q}layer_norm1", width) | _norm(f"{q}layer_norm2", width)
+        return out
+
+
+Tower = ConvNextTower | VitTower
+
+# ConvNeXt-XXL (convnext_xxlarge.clip_laion2b_soup), the tower of the released checkpoints.
+CONVNEXT_XXL = ConvNextTower(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072), stem_patch=4, kernel=7)
+
+
+def tower_kind(config: Mapping[str, Any]) -> str:
+    """'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`."""
+    name = config.get("mm_vision_tower")
+    if not isinstance(name, str):
+        raise CheckpointError("config.json has no value for 'mm_vision_tower', which this model needs.")
+    if name.startswith("convnext"):
+        return "convnext"
+    if "siglip" in name:
+        return "siglip"
+    if "clip" in name:
+        return "clip"
+    raise CheckpointError(
+        f"config.json: unknown mm_vision_tower {name!r}.", "Known: convnext-576, openai/clip-*, google/siglip-*."
+    )
+
+
+def read_tower(config: Mapping[str, Any], shapes: Shapes) -> Tower:
+    """The tower's sizes from tensor shapes.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing or cannot be understood.
+    """
+    kind = tower_kind(config)
+    return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, config, shapes)
+
+
+def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    if name not in shapes:
+        raise CheckpointError(f"The checkpoint has no tensor '{name}', which its vision tower needs.")
+    if len(shapes[name]) != rank:
+        raise CheckpointError(f"Tensor '{name}' has shape {list(shapes[name])}; expected {rank} dimensions.")
+    return shapes[name]
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """1 + the largest index that `pattern` (one group) finds; 0 where it finds none."""
+    found = [int(m.group(1)) for m in map(re.compile(pattern).match, names) if m]
+    return max(found, default=-1) + 1
+
+
+def _read_convnext(shapes: Shapes) -> ConvNextTower:
+    stem = _shape(shapes, TOWER_PREFIX + "stem.0.weight", 4)
+    prefix = re.escape(TOWER_PREFIX)
+    stages = _count(shapes, prefix + r"stages\.(\d+)\.")
+    depths = [_count(shapes, prefix + rf"stages\.{s}\.blocks\.(\d+)\.") for s in range(stages)]
+    if not stages or not all(depths):
+        raise CheckpointError(
+            f"The checkpoint's vision tower has blocks per stage {depths}: a stage has no '{TOWER_PREFIX}stages.*' tensors."
+        )
+    block = TOWER_PREFIX + "stages.{}.blocks.0.conv_dw.weight"
+    widths = [_shape(shapes, block.format(s), 4)[0] for s in range(stages)]
+    kernel = _shape(shapes, block.format(0), 4)[-1]
+    return ConvNextTower(tuple(depths), tuple(widths), stem[-1], kernel)
+
+
+def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
+    embedding = _shape(shapes, VIT_PREFIX + "embeddings.patch_embedding.weight", 4)
+    positions = _shape(shapes, VIT_PREFIX + "embeddings.position_embedding.weight", 2)[0]
+    width, patch = embedding[0], embedding[-1]
+    heads = config.get("mm_vision_num_attention_heads") or VIT_HEADS.get(width)
+    if not heads:
+        raise CheckpointError(
+            f"The {kind} tower is {width} wide, which no published model is, so its head count is unknown.",
+            "Add 'mm_vision_num_attention_heads' to config.json.",
+        )
+    feature = config.get("mm_vision_select_feature") or "patch"
+    if feature not in ("patch", "cls_patch"):
+        raise CheckpointError(f"config.json: unknown mm_vision_select_feature {feature!r}.")
+    is_clip = kind == "clip"
+    return VitTower(
+        kind=kind,
+        width=width,
+        num_layers=_count(shapes, re.escape(VIT_PREFIX) + r"encoder\.layers\.(\d+)\."),
+        num_heads=heads,
+        intermediate_size=_shape(shapes, VIT_PREFIX + "encoder.layers.0.mlp.fc1.weight", 2)[0],
+        patch=patch,
+        image_size=patch * math.isqrt(positions - int(is_clip)),
+        select_layer=config.get("mm_vision_select_layer", -2),
+        drop_class_token=is_clip and feature == "patch",
+        layer_norm_eps=1e-5 if is_clip else 1e-6,
+        activation="quick_gelu" if is_clip else "gelu_tanh",
+    )
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """How a frame becomes pixels for the tower (fields of a transformers image processor).
+
+    Attributes:
+        size: 'shortest edge' resizing target in pixels, followed by a centre crop to `crop`; with
+            `keep_aspect` False (SigLIP) the frame is resized to crop x crop at once.
+        mean, std: per RGB channel, on values scaled to 0..1.
+    """
+
+    size: int
+    crop: int
+    keep_aspect: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None) -> ImageFacts:
+        """`processor` is preprocessor_config.json's content, where the checkpoint has one.
+
+        Without it: CLIP's mean and deviation at 576 pixels for ConvNeXt (the reference hard-codes both), the
+        tower's own size otherwise.
+        """
+        processor = processor or {}
+        is_siglip = tower.kind == "siglip"
+        if isinstance(tower, VitTower):
+            default = tower.image_size
+        else:
+            match = re.search(r"-(\d+)$", config["mm_vision_tower"])
+            default = int(match.group(1)) if match else 576
+        size = _edge(processor.get("size"), default)
+        crop = size if is_siglip else _edge(processor.get("crop_size"), size)
+        return cls(
+            size=size,
+            crop=crop,
+            keep_aspect=not is_siglip,
+            mean=_triple(processor.get("image_mean"), (0.5,) * 3 if is_siglip else CLIP_MEAN),
+            std=_triple(processor.get("image_std"), (0.5,) * 3 if is_siglip else CLIP_STD),
+        )
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _edge(value: Any, default: int) -> int:
+    if isinstance(value, Mapping):
+        value = value.get("shortest_edge") or value.get("height")
+    if value is None:
+        return default
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"preprocessor_config.json: an image size of {value!r} has no meaning here.")
+    return value
+
+
+def _triple(value: Any, default: tuple[float, ...]) -> tuple[float, float, float]:
+    values = tuple(float(v) for v in (value or default))
+    if len(values) != 3:
+        raise CheckpointError(f"preprocessor_config.json: expected three values per channel, found {list(values)}.")
+    return values
