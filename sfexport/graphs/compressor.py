@@ -1,0 +1,61 @@
+"""The compressor: slow tokens -> fast tokens, and slow K/V per hybrid layer. Mirrors sfexport/model/compressor.py.
+
+Inputs  slow_tokens    [frames, P, H]
+        frame_weights  [fast_frames, frames]  float32, from fast_path.frame_weights
+        cell_weights   [fast_cells, P]        float32, only where fast tokens are pooled in space too
+Outputs fast_tokens    [fast_frames * fast_cells, H]
+        slow_key_values.<k>.key / .value   [1, kv heads, frames * P, head_dim], k-th hybrid layer
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sfexport.facts import ModelFacts
+from sfexport.graphs.ops import GraphWriter
+from sfexport.graphs.weights import Weights
+
+SLOW_TOKENS, FRAME_WEIGHTS, CELL_WEIGHTS, FAST_TOKENS = "slow_tokens", "frame_weights", "cell_weights", "fast_tokens"
+
+
+def slow_names(facts: ModelFacts) -> list[str]:
+    """Names of the slow K/V tensors, key and value by hybrid layer: compressor outputs, decoder inputs."""
+    return [f"slow_key_values.{k}.{x}" for k in range(len(facts.slow_fast.hybrid_layers)) for x in ("key", "value")]
+
+
+def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    g = GraphWriter("compressor", weights, dtype)
+    hidden = facts.text.hidden_size
+    slow = g.input(SLOW_TOKENS, dtype, ["frames", "cells", hidden])
+    with g.scope("fast_path"):
+        _write_fast_path(g, facts, slow)
+    flat = g.reshape(slow, -1, hidden)
+    for k, layer in enumerate(facts.slow_fast.hybrid_layers):
+        with g.scope(f"layers.{layer}"):
+            _write_slow_key_values(g, facts, flat, k, layer)
+    return g.model()
+
+
+def _write_fast_path(g: GraphWriter, facts: ModelFacts, slow: ir.Value) -> None:
+    hidden = facts.text.hidden_size
+    weights = g.input(FRAME_WEIGHTS, ir.DataType.FLOAT, ["fast_frames", "frames"])
+    by_frame = g.op("Flatten", slow, axis=1)
+    frames = g.op("MatMul", g.from_float32(weights), by_frame)
+    if facts.slow_fast.fast.spatial_stride > 1:
+        cells = g.input(CELL_WEIGHTS, ir.DataType.FLOAT, ["fast_cells", "cells"])
+        shape = g.op("Concat", g.ints(-1), g.dims(slow, 1, 3), axis=0)
+        frames = g.op("MatMul", g.from_float32(cells), g.op("Reshape", frames, shape))
+    g.output(FAST_TOKENS, g.reshape(frames, -1, hidden), g.dtype, ["fast_tokens", hidden])
+
+
+def _write_slow_key_values(g: GraphWriter, facts: ModelFacts, flat: ir.Value, k: int, layer: int) -> None:
+    """RMSNorm and projection of one hybrid layer; the projection's rows lie head by head, K then V."""
+    text, p = facts.text, f"model.layers.{layer}."
+    normed = g.rms_norm(flat, f"{p}input_layernorm", text.rms_norm_eps)
+    packed = g.linear(normed, f"{p}self_attn.cross_attn_kv_proj")
+    packed = g.reshape(packed, -1, text.num_kv_heads, 2, text.head_dim)
+    # [Ls, kv heads, 2, d] -> [2, kv heads, Ls, d] -> two of [1, kv heads, Ls, d]
+    key_value = g.split(g.transpose(packed, 2, 1, 0, 3), 2, axis=0)
+    shape = [1, text.num_kv_heads, "slow_tokens", text.head_dim]
+    for name, value in zip(("key", "value"), key_value, strict=True):
+        g.output(f"slow_key_values.{k}.{name}", value, g.dtype, shape)

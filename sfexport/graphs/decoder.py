@@ -1,0 +1,239 @@
+"""The hybrid decoder: embeddings in, last-position logits and K/V out. Mirrors sfexport/model/hybrid_decoder.py.
+
+Inputs  inputs_embeds   [batch, sequence, H]
+        position_ids    int64 [batch, sequence]
+        attention_mask  bool [batch, past + sequence]  False: padding
+        past_key_values.<i>.key / .value  [batch, kv heads, past, head_dim], keys after RoPE; past may be 0
+        slow_attends    bool [batch, sequence]         positions that query the slow tokens
+        slow_lengths    int64 [batch]                  slow tokens of each row (0: none)
+        slow_key_values.<k>.key / .value  [batch, kv heads, slow, head_dim]; slow may be 0
+Outputs logits          float32 [batch, V]             of the last position
+        present.<i>.key / .value  [batch, kv heads, past + sequence, head_dim]
+
+A model without hybrid layers has no slow_* input. The output of layer i is the value named `hidden_states.<i+1>`
+([batch * sequence, H]), for tools that look inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from sfexport.facts import GateFacts, ModelFacts
+from sfexport.graphs.compressor import slow_names
+from sfexport.graphs.cross_attention import (
+    DOMAIN,
+    MASKED,
+    OP_TYPE,
+    PLUGIN_ATTRIBUTES,
+    cross_attention_function,
+)
+from sfexport.graphs.ops import OPSET, GraphWriter
+from sfexport.graphs.weights import Weights
+
+EMBEDS, POSITIONS, MASK = "inputs_embeds", "position_ids", "attention_mask"
+SLOW_ATTENDS, SLOW_LENGTHS, LOGITS = "slow_attends", "slow_lengths", "logits"
+
+
+def past_names(facts: ModelFacts) -> list[str]:
+    return [f"past_key_values.{i}.{x}" for i in range(facts.text.num_layers) for x in ("key", "value")]
+
+
+def present_names(facts: ModelFacts) -> list[str]:
+    return [name.replace("past_key_values", "present") for name in past_names(facts)]
+
+
+def hidden_name(layer: int) -> str:
+    """Name of the value that leaves decoder layer `layer`."""
+    return f"hidden_states.{layer + 1}"
+
+
+@dataclass
+class _Shared:
+    """Values that every layer uses.
+
+    Attributes:
+        shape: int64 [2], batch and sequence. cos, sin: [batch, 1, sequence, head_dim / 2].
+        bias: float32 [batch, 1, 1, sequence, past + sequence], 0 or MASKED.
+        past: K and V by layer. slow: K and V by hybrid layer.
+    """
+
+    shape: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    bias: ir.Value
+    past: list[tuple[ir.Value, ir.Value]]
+    slow: dict[int, tuple[ir.Value, ir.Value]]
+    attends: ir.Value | None
+    lengths: ir.Value | None
+
+
+def build_decoder(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    g = GraphWriter("decoder", weights, dtype)
+    text = facts.text
+    embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
+    shared = _write_inputs(g, facts, embeds)
+    x = g.reshape(embeds, -1, text.hidden_size)
+    presents = []
+    for i in range(text.num_layers):
+        with g.scope(f"layers.{i}"):
+            x, present = _write_layer(g, facts, shared, x, i)
+            x.name = hidden_name(i)
+            presents += present
+    _write_head(g, facts, shared, x)
+    shape = ["batch", text.num_kv_heads, "total", text.head_dim]
+    for name, value in zip(present_names(facts), presents, strict=True):
+        g.output(name, value, dtype, shape)
+    return g.model([cross_attention_function(OPSET)] if facts.slow_fast.hybrid_layers else [])
+
+
+def _write_inputs(g: GraphWriter, facts: ModelFacts, embeds: ir.Value) -> _Shared:
+    positions = g.input(POSITIONS, ir.DataType.INT64, ["batch", "sequence"])
+    mask = g.input(MASK, ir.DataType.BOOL, ["batch", "total"])
+    past = _key_value_inputs(g, facts, past_names(facts), "past")
+    slow = _key_value_inputs(g, facts, slow_names(facts), "slow")
+    attends = lengths = None
+    if slow:
+        attends = g.input(SLOW_ATTENDS, ir.DataType.BOOL, ["batch", "sequence"])
+        lengths = g.input(SLOW_LENGTHS, ir.DataType.INT64, ["batch"])
+    with g.scope("rotary"):
+        cos, sin = _write_rotary(g, facts, positions)
+    with g.scope("mask"):
+        bias = _write_mask(g, embeds, mask, past[0][0])
+    by_layer = dict(zip(facts.slow_fast.hybrid_layers, slow, strict=True))
+    return _Shared(g.dims(embeds, 0, 2), cos, sin, bias, past, by_layer, attends, lengths)
+
+
+def _key_value_inputs(
+    g: GraphWriter, facts: ModelFacts, names: list[str], length: str
+) -> list[tuple[ir.Value, ir.Value]]:
+    shape = ["batch", facts.text.num_kv_heads, length, facts.text.head_dim]
+    values = [g.input(name, g.dtype, shape) for name in names]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _write_rotary(g: GraphWriter, facts: ModelFacts, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11."""
+    dim = facts.text.head_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    inverse = (1.0 / np.power(np.float32(facts.text.rope_theta), exponents)).astype(np.float32)
+    at = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
+    angles = g.op("Mul", at, g.constant(inverse, "inv_freq"))
+    return g.from_float32(g.op("Cos", angles)), g.from_float32(g.op("Sin", angles))
+
+
+def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.Value) -> ir.Value:
+    """Causal and padding mask as a bias: key l is seen by query s if l <= past + s and mask[l]."""
+    past = g.op("Squeeze", g.dims(past_key, 2, 3), g.ints(0))
+    total = g.op("Add", past, g.op("Squeeze", g.dims(embeds, 1, 2), g.ints(0)))
+    zero, one = (g.constant(np.array(i, dtype=np.int64)) for i in (0, 1))
+    keys = g.op("Unsqueeze", g.op("Range", zero, total, one), g.ints(0))
+    queries = g.op("Unsqueeze", g.op("Range", past, total, one), g.ints(1))
+    causal = g.op("LessOrEqual", keys, queries)
+    allowed = g.op("And", causal, g.op("Unsqueeze", mask, g.ints(1)))
+    bias = g.op("Where", allowed, g.float32(0.0), g.float32(MASKED))
+    return g.op("Unsqueeze", bias, g.ints(1, 2))
+
+
+def _write_layer(
+    g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, i: int
+) -> tuple[ir.Value, list[ir.Value]]:
+    """x [batch * sequence, H] -> the same, and the layer's present K and V."""
+    p, eps = f"model.layers.{i}.", facts.text.rms_norm_eps
+    with g.scope("self_attn"):
+        normed = g.rms_norm(x, f"{p}input_layernorm", eps)
+        attended, present = _write_attention(g, facts, shared, normed, i)
+    x = g.op("Add", x, attended)
+    with g.scope("mlp"):
+        y = g.rms_norm(x, f"{p}post_attention_layernorm", eps)
+        gate = g.linear(y, f"{p}mlp.gate_proj", bias=False)
+        silu = g.op("Mul", gate, g.op("Sigmoid", gate))
+        y = g.op("Mul", silu, g.linear(y, f"{p}mlp.up_proj", bias=False))
+        y = g.linear(y, f"{p}mlp.down_proj", bias=False)
+    return g.op("Add", x, y), present
+
+
+def _write_attention(
+    g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, i: int
+) -> tuple[ir.Value, list[ir.Value]]:
+    text, p = facts.text, f"model.layers.{i}.self_attn."
+
+    def project(name: str, heads: int) -> ir.Value:
+        shape = g.op("Concat", shared.shape, g.ints(heads, text.head_dim), axis=0)
+        return g.transpose(g.op("Reshape", g.linear(x, f"{p}{name}"), shape), 0, 2, 1, 3)
+
+    query = _rotate(g, shared, project("q_proj", text.num_heads))
+    # Scaled before the product: 128 terms of 40 * 40 leave float16's range, their scaled sum does not.
+    query = g.op("Mul", query, g.scalar(text.head_dim**-0.5))
+    past_key, past_value = shared.past[i]
+    key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", text.num_kv_heads)), axis=2)
+    value = g.op("Concat", past_value, project("v_proj", text.num_kv_heads), axis=2)
+    output = _write_self_attention(g, facts, shared, query, key, value)
+    if i in shared.slow:
+        with g.scope("cross_attn"):
+            output = g.op("Add", output, _write_cross_attention(g, facts, shared, query, output, i))
+    return g.linear(output, f"{p}o_proj", bias=False), [key, value]
+
+
+def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
+    """Rotary embedding of [batch, heads, sequence, d]: the halves of d are the pairs' two coordinates."""
+    a, b = g.split(x, 2, axis=-1)
+    first = g.op("Sub", g.op("Mul", a, shared.cos), g.op("Mul", b, shared.sin))
+    second = g.op("Add", g.op("Mul", b, shared.cos), g.op("Mul", a, shared.sin))
+    return g.op("Concat", first, second, axis=-1)
+
+
+def _write_self_attention(
+    g: GraphWriter, facts: ModelFacts, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
+) -> ir.Value:
+    """-> [batch * sequence, heads * d], before o_proj. Query heads are grouped by kv head: K and V are not repeated."""
+    text = facts.text
+    group = text.num_heads // text.num_kv_heads
+    grouped = g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim)
+    scores = g.op("MatMul", grouped, g.transpose(key, 0, 1, 3, 2))
+    by_head = g.op(
+        "Concat",
+        g.dims(query, 0, 1),
+        g.ints(text.num_kv_heads, group),
+        g.dims(query, 2, 3),
+        g.dims(key, 2, 3),
+        axis=0,
+    )
+    flat = g.op("Shape", scores)
+    scores = g.op("Add", g.to_float32(g.op("Reshape", scores, by_head)), shared.bias)
+    probabilities = g.op("Reshape", g.from_float32(g.op("Softmax", scores, axis=-1)), flat)
+    context = g.op("Reshape", g.op("MatMul", probabilities, value), g.op("Shape", query))
+    return g.reshape(g.transpose(context, 0, 2, 1, 3), -1, text.num_heads * text.head_dim)
+
+
+def _write_cross_attention(
+    g: GraphWriter, facts: ModelFacts, shared: _Shared, query: ir.Value, output: ir.Value, i: int
+) -> ir.Value:
+    """gate(self-attention output) * context -> [batch * sequence, heads * d]."""
+    inputs = (query, *shared.slow[i], shared.attends, shared.lengths)
+    context = g.op(OP_TYPE, *inputs, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+    context = g.reshape(context, -1, facts.text.num_heads * facts.text.head_dim)
+    gate = _write_gate(g, facts.slow_fast.gate, output, f"model.layers.{i}.self_attn.")
+    return g.op("Mul", gate, context)
+
+
+def _write_gate(g: GraphWriter, gate: GateFacts, output: ir.Value, p: str) -> ir.Value:
+    value = g.linear(output, f"{p}cross_attn_gate_proj.0")
+    if gate.dynamic_tanh:
+        value = g.op("Tanh", value)
+    if gate.warm_up:
+        warm_up = g.weight(f"{p}cross_attn_warm_up_gate")
+        value = g.op("Mul", value, g.op("Tanh", warm_up) if gate.warm_up_tanh else warm_up)
+    return value
+
+
+def _write_head(g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value) -> None:
+    text = facts.text
+    shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
+    last = g.op("Gather", g.op("Reshape", x, shape), g.constant(np.array(-1, dtype=np.int64)), axis=1)
+    normed = g.rms_norm(last, "model.norm", text.rms_norm_eps)
+    name = "model.embed_tokens" if text.tie_word_embeddings else "lm_head"
+    logits = g.to_float32(g.linear(normed, name, bias=False))
+    g.output(LOGITS, logits, ir.DataType.FLOAT, ["batch", text.vocab_size])

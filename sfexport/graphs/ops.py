@@ -1,0 +1,169 @@
+"""Node writing: a thin layer over onnx-ir's tape, and the blocks every graph uses.
+
+Plain operators of opset 18 only, so that TensorRT 10.3 and later and ONNX Runtime read the same file.
+Float32 islands (norms, softmax, rotary angles) are written with explicit casts, which vanish when the
+graph computes in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sfexport import __version__
+from sfexport.graphs.weights import Weights
+
+OPSET = 18
+IR_VERSION = 8
+Shape = Sequence[int | str | None]
+
+
+class GraphWriter:
+    """Writes one graph: values in, nodes added in order, values out.
+
+    Args:
+        weights: where initialisers come from.
+        dtype: the type the graph computes in; weights stored otherwise are followed by a Cast.
+    """
+
+    def __init__(self, name: str, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.name, self.dtype = name, dtype
+        self._weights = weights
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
+        self._tape = ir.tape.Tape(self._graph)
+        self._scope: list[str] = []
+        self._counts: dict[str, int] = {}
+        self._constants: dict[tuple, ir.Value] = {}
+        self._loaded: dict[tuple, ir.Value] = {}
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of nodes and values, so that a viewer shows the model's own hierarchy."""
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def _unique(self, op_type: str) -> str:
+        name = "/".join([*self._scope, op_type])
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return name if self._counts[name] == 1 else f"{name}_{self._counts[name]}"
+
+    def input(self, name: str, dtype: ir.DataType, shape: Shape) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, name: str, value: ir.Value, dtype: ir.DataType, shape: Shape) -> None:
+        """Give `value` its public name; a value that is an input or already an output passes through Identity."""
+        if value.producer() is None or value in self._graph.outputs:
+            value = self.op("Identity", value)
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self._graph.outputs.append(value)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output."""
+        value = self._tape.op(op_type, inputs, attributes, domain=domain, name=self._unique(op_type))
+        value.name = value.producer().name
+        return value
+
+    def split(self, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
+        """Equal parts along `axis`."""
+        name = self._unique("Split")
+        attributes = {"axis": ir.AttrInt64("axis", axis), "num_outputs": ir.AttrInt64("num_outputs", parts)}
+        node = ir.Node("", "Split", [x], attributes, num_outputs=parts, name=name)
+        self._graph.append(node)
+        for i, out in enumerate(node.outputs):
+            out.name = f"{name}.{i}"
+        return list(node.outputs)
+
+    def constant(self, array: np.ndarray, name: str = "") -> ir.Value:
+        """A small initialiser, shared by all nodes that use the same values."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = name or f"const.{len(self._constants)}"
+            self._constants[key] = self._tape.initializer(ir.tensor(array, name=name), name)
+        return self._constants[key]
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.constant(np.array(values, dtype=np.int64))
+
+    def float32(self, value: float) -> ir.Value:
+        return self.constant(np.array(value, dtype=np.float32))
+
+    def scalar(self, value: float) -> ir.Value:
+        """A constant of the graph's own type."""
+        return self.cast(self.float32(value), ir.DataType.FLOAT, self.dtype)
+
+    def weight(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """A checkpoint tensor as an initialiser that points into its shard, cast to `dtype` if stored otherwise."""
+        dtype = dtype or self.dtype
+        if (name, dtype) not in self._loaded:
+            tensor = self._weights.tensor(name)
+            if (name, None) not in self._loaded:
+                self._loaded[name, None] = self._tape.initializer(tensor, name)
+            value = self._loaded[name, None]
+            scope, self._scope = self._scope, [name]
+            self._loaded[name, dtype] = self.cast(value, tensor.dtype, dtype)
+            self._scope = scope
+        return self._loaded[name, dtype]
+
+    def cast(self, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+        return x if source == target else self.op("Cast", x, to=int(target))
+
+    def to_float32(self, x: ir.Value) -> ir.Value:
+        return self.cast(x, self.dtype, ir.DataType.FLOAT)
+
+    def from_float32(self, x: ir.Value) -> ir.Value:
+        return self.cast(x, ir.DataType.FLOAT, self.dtype)
+
+    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
+        return self.op("Reshape", x, self.ints(*shape))
+
+    def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
+        return self.op("Transpose", x, perm=perm)
+
+    def dims(self, x: ir.Value, start: int, end: int) -> ir.Value:
+        """Dimensions start..end-1 of x, int64 [end - start]."""
+        return self.op("Shape", x, start=start, end=end)
+
+    def linear(self, x: ir.Value, name: str, bias: bool = True) -> ir.Value:
+        """x [rows, in] @ weight.T (+ bias). Gemm with transB reads the stored [out, in] layout: no copy."""
+        inputs = [x, self.weight(f"{name}.weight")]
+        if bias:
+            inputs.append(self.weight(f"{name}.bias"))
+        return self.op("Gemm", *inputs, transB=1)
+
+    def layer_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
+        """LayerNorm over the last axis; statistics in float32 (stash_type 1)."""
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps, stash_type=1)
+
+    def rms_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
+        """Qwen2's RMSNorm over the last axis: normalised in float32, times the weight in the graph's type."""
+        x = self.to_float32(x)
+        mean_square = self.op("ReduceMean", self.op("Mul", x, x), self.ints(-1), keepdims=1)
+        root = self.op("Sqrt", self.op("Add", mean_square, self.float32(eps)))
+        normed = self.from_float32(self.op("Div", x, root))
+        return self.op("Mul", normed, self.weight(f"{name}.weight"))
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """The exact GELU, x/2 * (1 + erf(x / sqrt 2))."""
+        erf = self.op("Erf", self.op("Mul", x, self.scalar(1 / math.sqrt(2))))
+        return self.op("Mul", self.op("Mul", x, self.scalar(0.5)), self.op("Add", erf, self.scalar(1.0)))
+
+    def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
+        """The finished model."""
+        for function in functions:
+            self._graph.opset_imports[function.domain] = 1
+        return ir.Model(
+            self._graph,
+            ir_version=IR_VERSION,
+            producer_name="sfexport",
+            producer_version=__version__,
+            functions=list(functions),
+        )

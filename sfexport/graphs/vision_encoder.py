@@ -1,0 +1,94 @@
+"""The vision encoder: pixels -> tower -> projector -> pooling. Mirrors sfexport/model/vision.py and projector.py.
+
+Input   pixel_values        [frames, 3, S, S]
+Outputs slow_tokens         [frames, P, H]   k x k pooled: what a video uses
+        projected_features  [frames, n, H]   unpooled: what a single image uses
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sfexport.facts import TOWER_PREFIX, ModelFacts, ProjectorFacts
+from sfexport.graphs.ops import GraphWriter
+from sfexport.graphs.vit import write_vit
+from sfexport.graphs.weights import Weights
+from sfexport.towers import ConvNextTower, Tower
+
+PIXELS, SLOW_TOKENS, PROJECTED = "pixel_values", "slow_tokens", "projected_features"
+
+
+def build_vision_encoder(
+    facts: ModelFacts, tower: Tower, image_size: int, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """The graph for square frames of `image_size` pixels; the number of frames is dynamic."""
+    g = GraphWriter("vision_encoder", weights, dtype)
+    pixels = g.input(PIXELS, dtype, ["frames", 3, image_size, image_size])
+    side, hidden = tower.grid(image_size), facts.text.hidden_size
+    write_tower = write_convnext if isinstance(tower, ConvNextTower) else write_vit
+    features = write_tower(g, tower, pixels)
+    with g.scope("mm_projector"):
+        projected = write_projector(g, facts.projector, features)
+    cells = side * side + (0 if isinstance(tower, ConvNextTower) or tower.drop_class_token or tower.kind != "clip" else 1)
+    grid = g.reshape(projected, -1, side, side, hidden)
+    pooled, pooled_side = write_pooling(g, grid, facts.slow_fast.video_pooling_stride, side)
+    slow = g.reshape(pooled, -1, pooled_side**2, hidden)
+    g.output(SLOW_TOKENS, slow, dtype, ["frames", pooled_side**2, hidden])
+    g.output(PROJECTED, g.reshape(projected, -1, cells, hidden), dtype, ["frames", cells, hidden])
+    return g.model()
+
+
+def write_convnext(g: GraphWriter, tower: ConvNextTower, pixels: ir.Value) -> ir.Value:
+    """[frames, 3, S, S] -> features [frames * n, C], row-major over the grid."""
+    p, eps = TOWER_PREFIX, tower.layer_norm_eps
+    with g.scope("stem"):
+        x = _conv(g, pixels, f"{p}stem.0", stride=tower.stem_patch)
+        x = _norm_channels(g, x, f"{p}stem.1", eps)
+    for s, depth in enumerate(tower.depths):
+        with g.scope(f"stages.{s}"):
+            if s:
+                x = _norm_channels(g, x, f"{p}stages.{s}.downsample.0", eps)
+                x = _conv(g, x, f"{p}stages.{s}.downsample.1", stride=2)
+            for j in range(depth):
+                with g.scope(f"blocks.{j}"):
+                    x = _write_block(g, tower, s, x, f"{p}stages.{s}.blocks.{j}.")
+    return g.reshape(g.transpose(x, 0, 2, 3, 1), -1, tower.out_size)
+
+
+def _conv(g: GraphWriter, x: ir.Value, name: str, stride: int) -> ir.Value:
+    inputs = (x, g.weight(f"{name}.weight"), g.weight(f"{name}.bias"))
+    return g.op("Conv", *inputs, strides=[stride, stride], kernel_shape=[stride, stride])
+
+
+def _norm_channels(g: GraphWriter, x: ir.Value, name: str, eps: float) -> ir.Value:
+    return g.transpose(g.layer_norm(g.transpose(x, 0, 2, 3, 1), name, eps), 0, 3, 1, 2)
+
+
+def _write_block(g: GraphWriter, tower: ConvNextTower, stage: int, x: ir.Value, p: str) -> ir.Value:
+    """x + weight * mlp(norm(depthwise(x))) on [frames, C, h, w]."""
+    width, k = tower.widths[stage], tower.kernel
+    inputs = (x, g.weight(f"{p}conv_dw.weight"), g.weight(f"{p}conv_dw.bias"))
+    y = g.op("Conv", *inputs, group=width, kernel_shape=[k, k], pads=[k // 2] * 4)
+    y = g.transpose(y, 0, 2, 3, 1)
+    shape = g.op("Shape", y)
+    y = g.reshape(g.layer_norm(y, f"{p}norm", tower.layer_norm_eps), -1, width)
+    y = g.linear(g.gelu(g.linear(y, f"{p}mlp.fc1")), f"{p}mlp.fc2")
+    y = g.op("Mul", y, g.weight(f"{p}weight"))
+    return g.op("Add", x, g.transpose(g.op("Reshape", y, shape), 0, 3, 1, 2))
+
+
+def write_projector(g: GraphWriter, facts: ProjectorFacts, x: ir.Value) -> ir.Value:
+    """[rows, C] -> [rows, H]."""
+    if facts.kind == "identity":
+        return x
+    for i, name in enumerate(facts.linear_names()):
+        x = g.linear(g.gelu(x) if i else x, name)
+    return x
+
+
+def write_pooling(g: GraphWriter, grid: ir.Value, k: int, side: int) -> tuple[ir.Value, int]:
+    """k x k average pooling of [frames, side, side, H]; odd rows and columns are dropped."""
+    if k == 1:
+        return grid, side
+    pooled = g.op("AveragePool", g.transpose(grid, 0, 3, 1, 2), kernel_shape=[k, k], strides=[k, k])
+    return g.transpose(pooled, 0, 2, 3, 1), side // k
