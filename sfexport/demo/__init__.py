@@ -1,0 +1,1 @@
+"""The demo's assets, made on the spot: a tiny random checkpoint in the released layout and a short clip."""

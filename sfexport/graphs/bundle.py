@@ -1,0 +1,208 @@
+"""Checkpoint -> bundle: the three graphs, side files and manifest in one directory. No torch.
+
+Weights stay where they are unless the bundle cannot point at them (see `WEIGHTS`).
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from sfexport.atomic import new_directory
+from sfexport.checkpoint import INDEX_FILE, Checkpoint
+from sfexport.errors import InputError, SfexportError
+from sfexport.graphs.compressor import build_compressor
+from sfexport.graphs.decoder import build_decoder
+from sfexport.graphs.vision_encoder import build_vision_encoder
+from sfexport.graphs.weights import Weights
+from sfexport.manifest import (
+    BUNDLE_FILE,
+    GRAPHS,
+    Bundle,
+    describe_embedding,
+    describe_files,
+    describe_image,
+    describe_shard,
+    place,
+    write_manifest,
+)
+
+WEIGHTS = ("auto", "reference", "copy")
+# 'auto' copies up to this many bytes: a small bundle that any ONNX tool can open and that can be moved is
+# worth more than the disk; a large one points into the checkpoint.
+COPY_LIMIT = 64 << 20
+DEFAULT_FRAMES = 64
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        frames: frames sampled from a video by default; None: the config's mm_training_video_frames, else 64.
+        weights: 'reference' points into the checkpoint's shards (nothing is copied; other ONNX tools must be
+            told where they are); 'copy' takes the shards along; 'auto' copies small ones.
+    """
+
+    frames: int | None = None
+    weights: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise InputError(f"Unknown --weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}.")
+        if self.frames is not None and self.frames < 1:
+            raise InputError(f"--frames must be at least 1, not {self.frames}.")
+
+
+def build_graphs(checkpoint: Checkpoint) -> dict[str, Callable[[], ir.Model]]:
+    """A builder per graph, so that a caller can show progress between them."""
+    weights, facts = Weights(checkpoint), checkpoint.facts
+    return {
+        "vision_encoder": lambda: build_vision_encoder(facts, checkpoint.tower, checkpoint.image.crop, weights),
+        "compressor": lambda: build_compressor(facts, weights),
+        "decoder": lambda: build_decoder(facts, weights),
+    }
+
+
+def export(
+    checkpoint: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None] = lambda line: None
+) -> Bundle:
+    """Write a bundle; it appears whole or not at all.
+
+    Args:
+        report: takes one line per step.
+
+    Raises:
+        CheckpointError: a missing or misshapen tensor, an unusable configuration.
+        InputError: the output cannot be written or holds something else.
+    """
+    checkpoint.validate()
+    with new_directory(out, BUNDLE_FILE) as directory:
+        copied = _copies_weights(checkpoint, options)
+        for file in checkpoint.side_files():
+            shutil.copyfile(file, directory / file.name)
+        source = _copy_weights(checkpoint, directory, report) if copied else checkpoint
+        for name, build in build_graphs(source).items():
+            report(f"writing {name}.onnx")
+            ir.save(build(), directory / f"{name}.onnx")
+            _check_graph(directory / f"{name}.onnx", checked_by_path=copied)
+        _write_manifest(checkpoint, source, directory, out, options)
+    return Bundle.open(out)
+
+
+def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
+    size = sum(shard.size for shard in checkpoint.shards)
+    scattered = len({shard.path.parent for shard in checkpoint.shards}) > 1
+    if options.weights == "reference" and scattered:
+        raise InputError(
+            f"The shards of {checkpoint.path} are links into several directories, which one bundle cannot point to.",
+            "Use --weights copy.",
+        )
+    if options.weights == "auto":
+        if scattered and size > COPY_LIMIT:
+            raise InputError(
+                f"The shards of {checkpoint.path} ({size / 1e9:.1f} GB) are links into several directories, which one "
+                "bundle cannot point to.",
+                "Use --weights copy.",
+            )
+        return size <= COPY_LIMIT
+    return options.weights == "copy"
+
+
+def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str], None]) -> Checkpoint:
+    size = sum(shard.size for shard in checkpoint.shards)
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise InputError(
+            f"Copying the weights takes {size / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free.",
+            "Free some space, or use --weights reference.",
+        )
+    for shard in checkpoint.shards:
+        report(f"copying {shard.name} ({shard.size / 1e6:.1f} MB)")
+        shutil.copyfile(shard.path, directory / shard.name)
+    if (checkpoint.path / INDEX_FILE).is_file():
+        shutil.copyfile(checkpoint.path / INDEX_FILE, directory / INDEX_FILE)
+    return Checkpoint.open(directory)
+
+
+def _check_graph(file: Path, checked_by_path: bool) -> None:
+    """onnx's full check. By path it also checks that the external data is there, beside the file."""
+    try:
+        if checked_by_path:
+            onnx.checker.check_model(str(file), full_check=True)
+        else:
+            _check_without_data(onnx.load(file, load_external_data=False))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SfexportError(
+            f"The graph {file.name} does not pass onnx's checker: {error}", "This is a bug in sfexport; please report it."
+        ) from None
+
+
+def _check_without_data(model: onnx.ModelProto) -> None:
+    """The same check where the shards lie in another directory, which the checker would refuse.
+
+    Initialisers become inputs of the same type: every node is still checked and every shape inferred.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    kept = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def _write_manifest(
+    checkpoint: Checkpoint, source: Checkpoint, directory: Path, out: Path, options: ExportOptions
+) -> None:
+    """`source` is where the weights are: the checkpoint, or the bundle being written (known as `out` later)."""
+    copied = source is not checkpoint
+    weights = out if copied else source.shards[0].path.parent
+    names = [file.name for file in checkpoint.side_files()] + [f"{name}.onnx" for name in GRAPHS]
+    if copied and (directory / INDEX_FILE).is_file():
+        names.append(INDEX_FILE)
+    frames = options.frames or checkpoint.config.get("mm_training_video_frames") or DEFAULT_FRAMES
+    content = {
+        "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},
+        "image": describe_image(checkpoint.image),
+        "options": {"precision": "fp32", "frames": frames, "weights": "copy" if copied else "reference"},
+        "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
+        "checkpoint": place(out if copied else checkpoint.path, out),
+        "weights": {
+            "directory": place(weights, out),
+            "shards": [describe_shard(shard) for shard in source.shards],
+            "embedding": describe_embedding(source.tensors["model.embed_tokens.weight"]),
+        },
+        "files": describe_files(directory, names),
+        "tools": {"python": platform.python_version(), "onnx": onnx.__version__, "onnx-ir": ir.__version__},
+    }
+    write_manifest(directory / BUNDLE_FILE, content)
+
+
+def describe_graph(file: Path) -> dict[str, Any]:
+    """A graph's inputs and outputs: name, dtype, shape (names for dynamic dimensions), and its opset."""
+    model = onnx.load(file, load_external_data=False)
+
+    def describe(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": v.name,
+                "dtype": onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name,
+                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+            }
+            for v in values
+        ]
+
+    return {
+        "opset": next(o.version for o in model.opset_import if o.domain == ""),
+        "nodes": len(model.graph.node),
+        "inputs": describe(model.graph.input),
+        "outputs": describe(model.graph.output),
+    }

@@ -1,0 +1,277 @@
+"""What a bundle and an engine directory promise, and checking it before anything in them is used.
+
+Both are directories with a JSON manifest: `sfexport.json` in a bundle, `engine.json` beside engines. May
+import sfexport.checkpoint, facts, towers and errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfexport import __version__
+from sfexport.checkpoint import Shard, Tensor, read_json
+from sfexport.errors import BundleError, InputError
+from sfexport.facts import ModelFacts
+from sfexport.towers import ImageFacts
+
+FORMAT = 1
+BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
+GRAPHS = ("vision_encoder", "compressor", "decoder")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The manifest's `files` entry: size and sha256 of each file we wrote."""
+    return {n: {"size": (directory / n).stat().st_size, "sha256": file_sha256(directory / n)} for n in names}
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    header = {"format": FORMAT, "sfexport": __version__}
+    path.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
+
+
+def place(path: Path, base: Path) -> dict[str, str]:
+    """A path as a manifest stores it: relative, so that a tree can move as a whole, and absolute."""
+    return {"relative": os.path.relpath(path, base), "absolute": str(path.resolve())}
+
+
+def find_place(stored: dict[str, str], base: Path, what: str, hint: str) -> Path:
+    """The stored path that exists, the relative one first."""
+    for path in (base / stored["relative"], Path(stored["absolute"])):
+        if path.exists():
+            return path
+    raise BundleError(f"{base} needs {what} at {stored['absolute']}, which does not exist any more.", hint)
+
+
+def _open_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
+    """Read a manifest and refuse one of another format or version.
+
+    Raises:
+        BundleError: not such a directory, damaged, another version, a file missing or changed.
+    """
+    if not directory.is_dir():
+        raise BundleError(f"{directory} {'is not a directory' if directory.exists() else 'does not exist'}.")
+    if not (directory / name).is_file():
+        raise BundleError(f"{directory} is not {kind}: it has no {name}.")
+    try:
+        content = read_json(directory / name)
+    except InputError as error:
+        raise BundleError(str(error)) from None
+    version = str(content.get("sfexport"))
+    if content.get("format") != FORMAT or version.split(".")[:2] != __version__.split(".")[:2]:
+        raise BundleError(
+            f"{directory} was written by sfexport {version} (format {content.get('format')}); this is sfexport "
+            f"{__version__} (format {FORMAT}).",
+            "Run sfexport export and sfexport build again.",
+        )
+    _check_files(directory, content)
+    return content
+
+
+def _check_files(directory: Path, content: dict[str, Any]) -> None:
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise BundleError(f"The manifest in {directory} is damaged: it lists no files.")
+    for name, promised in files.items():
+        if not (directory / name).is_file():
+            raise BundleError(f"{directory / name} is missing.", "Run the command that wrote this directory again.")
+        if file_sha256(directory / name) != promised.get("sha256"):
+            raise BundleError(
+                f"{directory / name} was changed after it was written (its sha256 is not the manifest's).",
+                "Run the command that wrote this directory again.",
+            )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: three graphs, side files, and where the weights are."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Check the manifest, every file's sha256 and every weight shard's size and header.
+
+        Raises:
+            BundleError: naming what is missing or changed.
+        """
+        bundle = cls(path, _open_manifest(path, BUNDLE_FILE, "a bundle"))
+        try:
+            bundle._check_shards()
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"The manifest in {path} is damaged: {error}.") from None
+        return bundle
+
+    @cached_property
+    def weights_directory(self) -> Path:
+        """The real directory that the graphs' external data lies in."""
+        return find_place(
+            self.content["weights"]["directory"],
+            self.path,
+            "its weights",
+            "Export again, or export with --weights copy to get a bundle that can be moved.",
+        )
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The checkpoint the bundle was exported from (the bundle itself where weights were copied)."""
+        hint = "Comparing with PyTorch needs the checkpoint; put it back or export again."
+        return find_place(self.content["checkpoint"], self.path, "its checkpoint", hint)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return ModelFacts.from_config(self.config)
+
+    @cached_property
+    def image(self) -> ImageFacts:
+        return ImageFacts(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.content["image"].items()})
+
+    @property
+    def frames(self) -> int:
+        """Frames sampled from a video unless a question's caller says otherwise."""
+        return self.content["options"]["frames"]
+
+    def graph_file(self, name: str) -> Path:
+        return self.path / f"{name}.onnx"
+
+    def embedding(self) -> Tensor:
+        """The token embedding's place in its shard; rows are read one by one, never the whole table."""
+        stored = self.content["weights"]["embedding"]
+        return Tensor(
+            name="model.embed_tokens.weight",
+            dtype=stored["dtype"],
+            shape=tuple(stored["shape"]),
+            shard=self.weights_directory / stored["file"],
+            offset=stored["offset"],
+            length=stored["length"],
+        )
+
+    def generation_config(self) -> dict[str, Any]:
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    def _check_shards(self) -> None:
+        for shard in self.content["weights"]["shards"]:
+            file = self.weights_directory / shard["file"]
+            if not file.is_file():
+                raise BundleError(f"The weight shard {file} is missing.", "Put it back or export again.")
+            if file.stat().st_size != shard["size"] or _header_sha256(file) != shard["header_sha256"]:
+                raise BundleError(
+                    f"The weight shard {file} is not the one this bundle was exported from.", "Export again."
+                )
+
+
+def _header_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return sha256(stream.read(min(length, 100_000_000))).hexdigest()
+
+
+def describe_shard(shard: Shard) -> dict[str, Any]:
+    return {"file": shard.path.name, "size": shard.size, "header_sha256": shard.header_sha256}
+
+
+def describe_embedding(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "file": tensor.shard.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "offset": tensor.offset,
+        "length": tensor.length,
+    }
+
+
+def describe_image(image: ImageFacts) -> dict[str, Any]:
+    return asdict(image)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """An opened engine directory and the bundle it was built from."""
+
+    path: Path
+    content: dict[str, Any]
+    bundle: Bundle
+
+    @classmethod
+    def open(cls, path: Path) -> Engines:
+        """Check manifests and files. `path` may also hold exactly one engine directory.
+
+        Raises:
+            BundleError: naming what is missing, changed or of another version.
+        """
+        path = resolve_engines(path)
+        content = _open_manifest(path, ENGINE_FILE, "an engine directory")
+        try:
+            stored = content["bundle"]
+            where = find_place(stored, path, "the bundle it was built from", "Put it back, or build again.")
+            promised = stored["sha256"]
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"The manifest in {path} is damaged: {error}.") from None
+        bundle = Bundle.open(where)
+        if file_sha256(where / BUNDLE_FILE) != promised:
+            raise BundleError(
+                f"The bundle {where} is not the one the engines in {path} were built from.",
+                f"Build again: sfexport build {where} -o {path}",
+            )
+        return cls(path, content, bundle)
+
+    def check_runtime(self, name: str, version: str) -> None:
+        """Refuse engines of another runtime or version, before any is deserialised."""
+        built = self.content["runtime"]
+        if built["name"] != name or built["version"] != version:
+            raise BundleError(
+                f"The engines in {self.path} were built with {built['name']} {built['version']}; this machine has "
+                f"{name} {version}.",
+                f"Build again: sfexport build {self.bundle.path} -o {self.path}",
+            )
+
+
+def resolve_engines(path: Path) -> Path:
+    """`path` itself, or the one engine directory in it."""
+    if not path.is_dir() or (path / ENGINE_FILE).is_file():
+        return path
+    found = sorted(p for p in path.iterdir() if (p / ENGINE_FILE).is_file())
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise BundleError(f"{path} holds several engine directories ({names}).", "Name one of them.")
+    return found[0] if found else path
+
+
+def embedding_rows(tensor: Tensor, ids: list[int]) -> np.ndarray:
+    """Embeddings of token ids, float32 [n, H].
+
+    Raises:
+        InputError: for an id outside the table.
+    """
+    index = np.asarray(ids, dtype=np.int64)
+    if len(index) and (index.min() < 0 or index.max() >= tensor.shape[0]):
+        raise InputError(
+            f"Token id {int(index.max())} is outside the model's vocabulary of {tensor.shape[0]}.",
+            "The tokenizer.json belongs to another model.",
+        )
+    return tensor.rows(index)

@@ -1,0 +1,71 @@
+"""Which frames of a clip the model sees. Pure arithmetic: imports numpy and sfexport.errors only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sfexport.errors import InputError
+
+SAMPLING_RULES = ("linspace", "eval")
+
+
+def sample_indices(rule: str, total: int, fps: float, count: int) -> list[int]:
+    """Frame indices by the rule of that name, in non-decreasing order, each in 0..total-1.
+
+    Args:
+        rule: one of SAMPLING_RULES.
+        total: frames in the clip.
+        fps: the clip's frames per second (only "eval" looks at it).
+        count: frames wanted.
+
+    Raises:
+        InputError: no such rule, or a number that has no meaning.
+    """
+    if rule == "linspace":
+        return linspace_indices(total, count)
+    if rule == "eval":
+        return eval_indices(total, fps, count)
+    raise InputError(f"There is no sampling rule {rule!r}.", f"Known rules: {', '.join(SAMPLING_RULES)}.")
+
+
+def linspace_indices(total: int, count: int) -> list[int]:
+    """Exactly `count` indices spread over the whole clip; a clip of fewer frames has some of them repeated.
+
+    This is the rule of the reference's demo.
+
+    Raises:
+        InputError: `total` or `count` is below 1.
+    """
+    _check_counts(total, count)
+    return np.linspace(0, total - 1, count, dtype=int).tolist()
+
+
+def eval_indices(total: int, fps: float, count: int, target_fps: float = 2.0) -> list[int]:
+    """At most `count` indices out of every n-th frame, n being what brings the clip to `target_fps`.
+
+    This is the rule of the reference's evaluation (and, with 4 frames per second, of its training). A short
+    clip gives fewer than `count` frames, none of them twice.
+
+    Raises:
+        InputError: `total` or `count` is below 1, or a rate is not a positive finite number.
+    """
+    _check_counts(total, count)
+    for name, rate in (("fps", fps), ("target_fps", target_fps)):
+        if not (rate > 0 and math.isfinite(rate)):
+            raise InputError(f"{name} is {rate!r}; it must be a positive number of frames per second.")
+    step = max(round(fps / min(target_fps, fps)), 1)
+    candidates = range(0, total, step)
+    if len(candidates) < count:
+        return list(candidates)
+    # Spelled as in the reference: round() goes to the even neighbour, so the order of operations shows.
+    scale = 1.0 * len(candidates) / count
+    return [candidates[round((i + 1) * scale - 1)] for i in range(count)]
+
+
+def _check_counts(total: int, count: int) -> None:
+    if total < 1:
+        raise InputError(f"A clip of {total} frames has none to choose from.")
+    if count < 1:
+        raise InputError(f"{count} frames were asked for; ask for at least 1.")
