@@ -56,7 +56,7 @@ def place(path: Path, base: Path) -> dict[str, str]:
 
 def find_place(stored: dict[str, str], base: Path, what: str, hint: str) -> Path:
     """The stored path that exists, the relative one first."""
-    for path in (base / stored["relative"], Path(stored["absolute"])):
+    for path in ((base / stored["relative"]).resolve(), Path(stored["absolute"])):
         if path.exists():
             return path
     raise BundleError(f"{base} needs {what} at {stored['absolute']}, which does not exist any more.", hint)
@@ -154,6 +154,12 @@ class Bundle:
     def frames(self) -> int:
         """Frames sampled from a video unless a question's caller says otherwise."""
         return self.content["options"]["frames"]
+
+    def tokens_per_frame(self, single_image: bool) -> int:
+        """Slow tokens of a frame: pooled for a video, all for a single image."""
+        name = "projected_features" if single_image else "slow_tokens"
+        outputs = self.content["graphs"]["vision_encoder"]["outputs"]
+        return next(o["shape"][1] for o in outputs if o["name"] == name)
 
     def graph_file(self, name: str) -> Path:
         return self.path / f"{name}.onnx"

@@ -56,3 +56,9 @@ def cell_weights(cells: int, spatial_stride: int) -> np.ndarray:
         for j in range(pooled):
             out[i * pooled + j, grid[i * k : (i + 1) * k, j * k : (j + 1) * k].ravel()] = 1 / (k * k)
     return out
+
+
+def fast_token_count(frames: int, cells: int, fast: FastPathFacts) -> int:
+    """How many fast tokens `frames` frames of `cells` tokens make."""
+    side = math.isqrt(cells) // fast.spatial_stride
+    return len(source_frames(frames, fast)) * (cells if fast.spatial_stride == 1 else side * side)

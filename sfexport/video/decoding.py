@@ -162,15 +162,22 @@ class _Clip:
         steps_back = 0
         while True:
             key = self._timeline.key_before(wanted, steps_back)
-            if key is None:
+            if key is None or not self._seek(key):
+                key = None
                 self._start_over()
-            else:
-                self._container.seek(key, stream=self._stream, backward=True)
-                self._stand_at(key)
             self._advance_to(wanted)
             if self._low <= wanted or key is None:
                 return
             steps_back = 2 * steps_back + 1
+
+    def _seek(self, key: int) -> bool:
+        """False where the container cannot."""
+        try:
+            self._container.seek(key, stream=self._stream, backward=True)
+        except av.error.FFmpegError:
+            return False
+        self._stand_at(key)
+        return True
 
     def _start_over(self) -> None:
         """Opening anew goes back to the beginning in every container, with or without times."""
@@ -235,7 +242,7 @@ class _Clip:
     def _time_of(self, packet: av.Packet) -> str:
         if packet.pts is None or not self._timeline.is_timed:
             return ""
-        return f" {float((packet.pts - int(self._timeline.stamps[0])) * packet.time_base):.1f} seconds in"
+        return f" about {float((packet.pts - int(self._timeline.stamps[0])) * packet.time_base):.1f} seconds in"
 
     # Opening.
 
@@ -300,7 +307,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except av.error.DecoderNotFoundError as error:
         raise VideoError(f"'{path}' is in a video codec that this PyAV cannot decode.", CONVERT_HINT) from error
-    except av.error.InvalidDataError as error:
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
         raise VideoError(f"'{path}' is not a video or picture, or it is damaged or incomplete.", KINDS_HINT) from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

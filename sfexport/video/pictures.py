@@ -12,8 +12,7 @@ from PIL import Image, ImageOps
 
 from sfexport.errors import VideoError
 
-# MPO is what phones write as .jpg: one picture and its smaller copies.
-STILL_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
 def read_still(path: Path) -> np.ndarray | None:
@@ -29,6 +28,7 @@ def read_still(path: Path) -> np.ndarray | None:
     except (OSError, ValueError, SyntaxError):
         return None
     with image:
+        # MPO, which phones write as .jpg, is one picture and its smaller copies; PIL calls that animated too.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             return None
         try:

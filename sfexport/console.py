@@ -1,0 +1,85 @@
+"""What the user sees while waiting: rich on a terminal, plain lines elsewhere, always on stderr.
+
+stdout belongs to results. rich is imported only when something is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+
+def say(line: str = "", err: bool = True) -> None:
+    """A plain line; on stderr unless it is a result."""
+    print(line, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def step(line: str) -> None:
+    """One step of a longer command."""
+    if sys.stderr.isatty():
+        _rich().print(f"[dim]·[/dim] {_escape(line)}", highlight=False)
+    else:
+        say(line)
+
+
+@contextlib.contextmanager
+def frames_progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress display for frames; the caller reports (done, total)."""
+    if not sys.stderr.isatty():
+        yield _plain_progress(verb)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    with Progress(*columns, console=_rich(), transient=True) as progress:
+        task = progress.add_task(verb, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _plain_progress(verb: str) -> Callable[[int, int], None]:
+    shown = [0]
+
+    def report(done: int, total: int) -> None:
+        # A line per quarter: logs stay short however long the video is.
+        quarter = 4 * done // total
+        if quarter > shown[0]:
+            shown[0] = quarter
+            say(f"{verb} {done}/{total} frames")
+
+    return report
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout: rich on a terminal, aligned columns elsewhere."""
+    cells = [[str(c) for c in row] for row in rows]
+    if not sys.stdout.isatty():
+        _plain_table(title, header, cells)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(*header, title=title, title_justify="left")
+    for row in cells:
+        view.add_row(*(_escape(c) for c in row))
+    Console().print(view)
+
+
+def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    say(title, err=False)
+    for row in [header, *rows]:
+        say("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip(), err=False)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _rich() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

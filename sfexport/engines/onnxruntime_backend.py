@@ -1,0 +1,145 @@
+"""The ONNX Runtime backend: the default, on any laptop's CPU and, where a driver is present, on CUDA.
+
+The only file that imports onnxruntime.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.errors import MissingDependency, SfexportError
+from sfexport.facts import ModelFacts
+from sfexport.graphs.compressor import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
+from sfexport.graphs.decoder import (
+    EMBEDS,
+    LOGITS,
+    MASK,
+    POSITIONS,
+    SLOW_ATTENDS,
+    SLOW_LENGTHS,
+    past_names,
+    present_names,
+)
+from sfexport.graphs.fast_path import cell_weights, frame_weights
+from sfexport.graphs.vision_encoder import PIXELS, PROJECTED
+from sfexport.manifest import GRAPHS
+
+RUNTIME = "onnxruntime"
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependency("onnxruntime", "cpu", "The onnxruntime backend") from None
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+def runtime_version() -> str:
+    """The installed version, without importing the library; MissingDependency where there is none."""
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return _library().__version__
+
+
+def providers() -> list[str]:
+    """CUDA where the build has it and a driver is loaded (it would only warn otherwise), then the CPU."""
+    driver = any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvhost-gpu"))
+    has_cuda = driver and "CUDAExecutionProvider" in _library().get_available_providers()
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if has_cuda else ["CPUExecutionProvider"]
+
+
+def open_session(graph: Path, weights_directory: Path) -> Any:
+    """A session on a graph whose external data lies in `weights_directory`.
+
+    The graph is handed over as bytes: read by path, ONNX Runtime would only look beside the file.
+
+    Raises:
+        SfexportError: ONNX Runtime refuses the graph or its weights.
+    """
+    ort = _library()
+    options = ort.SessionOptions()
+    options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights_directory.resolve()))
+    try:
+        return ort.InferenceSession(graph.read_bytes(), options, providers=providers())
+    except Exception as error:  # its exceptions share no base class
+        raise SfexportError(f"ONNX Runtime cannot load {graph}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class OnnxRuntimeBackend(Backend):
+    """Args: `graphs` holds the three .onnx files, `weights_directory` the shards they point into."""
+
+    name = RUNTIME
+
+    def __init__(self, graphs: Path, weights_directory: Path, facts: ModelFacts) -> None:
+        self._ort = _library()
+        self.facts = facts
+        self._sessions = {name: open_session(graphs / f"{name}.onnx", weights_directory) for name in GRAPHS}
+        self._slow_names, self._past_names = slow_names(facts), past_names(facts)
+        self._present_names = present_names(facts)
+        empty = np.zeros((1, facts.text.num_kv_heads, 0, facts.text.head_dim), dtype=np.float32)
+        self._empty = self._value(empty)
+
+    def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
+        output = PROJECTED if single_image else SLOW_TOKENS
+        return self._run("vision_encoder", [output], {PIXELS: self._value(pixel_values)})[0].numpy()
+
+    def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
+        frames, cells, _ = slow_tokens.shape
+        fast = self.facts.slow_fast.fast
+        feeds = {SLOW_TOKENS: slow_tokens, FRAME_WEIGHTS: frame_weights(frames, fast)}
+        if fast.spatial_stride > 1:
+            feeds[CELL_WEIGHTS] = cell_weights(cells, fast.spatial_stride)
+        feeds = {name: self._value(array) for name, array in feeds.items()}
+        fast_tokens, *slow = self._run("compressor", [FAST_TOKENS, *self._slow_names], feeds)
+        return fast_tokens.numpy(), KeyValues(tuple(slow), frames * cells) if slow else None
+
+    def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
+        length = step.inputs_embeds.shape[1]
+        total = step.start + length
+        feeds = {
+            EMBEDS: self._value(step.inputs_embeds),
+            POSITIONS: self._value(np.arange(step.start, total, dtype=np.int64)[None]),
+            MASK: self._value(np.ones((1, total), dtype=bool)),
+            **self._key_values(self._past_names, step.past),
+        }
+        if self._slow_names:
+            feeds[SLOW_ATTENDS] = self._value(step.slow_attends[None])
+            feeds[SLOW_LENGTHS] = self._value(np.array([step.slow.length if step.slow else 0], dtype=np.int64))
+            feeds |= self._key_values(self._slow_names, step.slow)
+        logits, *present = self._run("decoder", [LOGITS, *self._present_names], feeds)
+        return logits.numpy()[0], KeyValues(tuple(present), total)
+
+    def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
+        return [value.numpy() for value in tensors.tensors]
+
+    def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
+        return KeyValues(tuple(self._value(a) for a in arrays), arrays[0].shape[2])
+
+    def _value(self, array: np.ndarray) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _key_values(self, names: Sequence[str], values: KeyValues | None) -> dict[str, Any]:
+        tensors = values.tensors if values else [self._empty] * len(names)
+        return dict(zip(names, tensors, strict=True))
+
+    def _run(self, graph: str, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
+        try:
+            return self._sessions[graph].run_with_ort_values(outputs, feeds)
+        except Exception as error:  # its exceptions share no base class
+            raise SfexportError(f"ONNX Runtime failed in the {graph}: {_first_line(error)}") from error

@@ -1,0 +1,118 @@
+"""The PyTorch backend: the oracle that engines are compared with, always in float32.
+
+The only file of engines/ that imports torch and sfexport.model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.errors import MissingDependency
+
+RUNTIME = "torch"
+
+
+def runtime_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependency("torch", "torch", "The PyTorch model") from None
+
+
+def load_model(checkpoint: Path) -> Any:
+    """The model in float32, in evaluation mode."""
+    try:
+        import torch
+        import transformers
+
+        from sfexport.model import LlavaQwenSlowFastForCausalLM
+    except ImportError as error:
+        raise MissingDependency(error.name or "torch", "torch", "The PyTorch model") from None
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return LlavaQwenSlowFastForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+class TorchBackend(Backend):
+    """Args: `checkpoint` is the checkpoint directory."""
+
+    name = RUNTIME
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.lm = load_model(checkpoint)
+        self.facts = self.lm.config.facts
+
+    def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
+        import torch
+
+        from sfexport.model.compressor import pool_cells
+
+        model = self.lm.model
+        with torch.inference_mode():
+            projected = model.mm_projector(model.vision_tower(torch.from_numpy(pixel_values)))
+            stride = 1 if single_image else self.facts.slow_fast.video_pooling_stride
+            return pool_cells(projected, stride).numpy()
+
+    def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
+        import torch
+
+        from sfexport.model.compressor import fast_tokens
+
+        slow = torch.from_numpy(slow_tokens)
+        with torch.inference_mode():
+            fast = fast_tokens(slow, self.facts.slow_fast.fast).numpy()
+            if not self.facts.slow_fast.hybrid_layers:
+                return fast, None
+            flat = slow.flatten(0, 1)
+            key_values = self.lm.model.slow_key_values(flat[None])
+        tensors = tuple(x for layer in key_values.unbind(1) for x in layer.unbind(1))
+        return fast, KeyValues(tensors, len(flat))
+
+    def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
+        import torch
+        from transformers import DynamicCache
+
+        layers = range(self.facts.text.num_layers)
+        past = step.past.tensors if step.past else ()
+        # A fresh cache each step: K/V handed out earlier (a shared prefix) must not grow.
+        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in layers] if past else None)
+        embeds = torch.from_numpy(step.inputs_embeds)
+        positions = torch.arange(step.start, step.start + embeds.shape[1])[None]
+        with torch.inference_mode():
+            out = self.lm(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **self._slow(step),
+            )
+        present = tuple(x for layer in cache.layers for x in (layer.keys, layer.values))
+        return out.logits[0, -1].float().numpy(), KeyValues(present, step.start + embeds.shape[1])
+
+    def _slow(self, step: DecoderStep) -> dict[str, Any]:
+        import torch
+
+        if step.slow is None or not step.slow_attends.any():
+            return {}
+        keys, values = step.slow.tensors[::2], step.slow.tensors[1::2]
+        stacked = torch.stack([torch.stack(pair, dim=1) for pair in zip(keys, values, strict=True)], dim=1)
+        return {
+            "slow_key_values": stacked,
+            "slow_attends": torch.from_numpy(step.slow_attends)[None],
+            "slow_mask": torch.ones(1, step.slow.length, dtype=torch.bool),
+        }
+
+    def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
+        return [t.numpy() for t in tensors.tensors]
+
+    def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
+        import torch
+
+        return KeyValues(tuple(torch.from_numpy(a) for a in arrays), arrays[0].shape[2])

@@ -1,0 +1,208 @@
+"""Running engines and the PyTorch model on the same frames and comparing what they say.
+
+Graph by graph, each engine gets PyTorch's inputs, so that a difference is that graph's own; the answers are
+each side's from its own pixels to its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.torch_backend import TorchBackend
+from sfexport.facts import DECODE_MODES
+from sfexport.manifest import embedding_rows
+from sfexport.parity.compare import Comparison, Tolerance, compare, worst
+from sfexport.qa.pipeline import CHUNK, Pipeline
+from sfexport.qa.session import Stopwatch, VideoSession
+
+Report = Callable[[str], None]
+DEFAULT_QUESTION = "What happens in the video?"
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """The same question answered by both, greedily."""
+
+    mode: str
+    question: str
+    engine: str
+    torch: str
+    tokens: int
+    equal_tokens: int
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    backend: str
+    tolerance: Tolerance
+    frames: int
+    comparisons: list[Comparison]
+    answers: list[AnswerPair]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.comparisons) and all(a.passed for a in self.answers)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "backend": self.backend,
+            "frames": self.frames,
+            "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
+            "comparisons": [asdict(c) | {"shape": list(c.shape)} for c in self.comparisons],
+            "answers": [asdict(a) for a in self.answers],
+        }
+
+
+def run_parity(
+    pipeline: Pipeline,
+    video: Path | None,
+    question: str = DEFAULT_QUESTION,
+    frames: int | None = None,
+    max_new_tokens: int = 16,
+    tolerance: Tolerance | None = None,
+    report: Report = lambda line: None,
+) -> ParityReport:
+    """Compare the engines of `pipeline` with the PyTorch model of the checkpoint they came from.
+
+    Args:
+        video: a clip; None: frames of noise.
+
+    Raises:
+        MissingDependency: no torch. BundleError: the checkpoint is gone.
+    """
+    tolerance = tolerance or Tolerance()
+    pixels, rows = _pixels(pipeline, video, frames)
+    pipeline.check_question(question, len(rows))
+    report("loading the PyTorch model")
+    oracle = TorchBackend(pipeline.bundle.checkpoint_path)
+    engine = pipeline.backend
+    single = len(rows) == 1
+    report(f"vision encoder on {len(pixels)} frames")
+    encoded = [_encode(backend, pixels, single) for backend in (engine, oracle)]
+    comparisons = [compare("vision_encoder", "slow_tokens", *encoded, tolerance)]
+    engine_slow, slow = (tokens[rows] for tokens in encoded)
+    report("compressor")
+    fast, key_values, found = _compare_compressor(engine, oracle, slow, tolerance)
+    comparisons += found
+    report("decoder")
+    comparisons += _compare_decoder(pipeline, oracle, fast, key_values, question, max_new_tokens, tolerance)
+    report("answers")
+    sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (oracle, slow))]
+    answers = [_answers(pipeline, *sessions, question, mode, max_new_tokens) for mode in DECODE_MODES]
+    return ParityReport(engine.name, tolerance, len(rows), comparisons, answers)
+
+
+def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if video is not None:
+        return pipeline.read_frames(video, frames, "linspace")
+    count, size = frames or min(pipeline.bundle.frames, CHUNK), pipeline.bundle.image.crop
+    noise = np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
+    return noise, np.arange(count)
+
+
+def _encode(backend: Backend, pixels: np.ndarray, single: bool) -> np.ndarray:
+    chunks = [pixels[i : i + CHUNK] for i in range(0, len(pixels), CHUNK)]
+    return np.concatenate([backend.encode_frames(chunk, single) for chunk in chunks])
+
+
+def _compare_compressor(
+    engine: Backend, oracle: Backend, slow: np.ndarray, tolerance: Tolerance
+) -> tuple[np.ndarray, KeyValues | None, list[Comparison]]:
+    engine_fast, engine_kv = engine.compress(slow)
+    fast, key_values = oracle.compress(slow)
+    found = [compare("compressor", "fast_tokens", engine_fast, fast, tolerance)]
+    if key_values is not None:
+        pairs = zip(engine.to_numpy(engine_kv), oracle.to_numpy(key_values), strict=True)
+        for i, pair in enumerate(pairs):
+            name = f"slow_key_values.{i // 2}.{('key', 'value')[i % 2]}"
+            found.append(compare("compressor", name, *pair, tolerance))
+    return fast, key_values, found
+
+
+def _compare_decoder(
+    pipeline: Pipeline,
+    oracle: Backend,
+    fast: np.ndarray,
+    slow: KeyValues | None,
+    question: str,
+    steps: int,
+    tolerance: Tolerance,
+) -> list[Comparison]:
+    """The whole prompt in one prefill, then decode steps fed PyTorch's greedy tokens, in both modes."""
+    engine = pipeline.backend
+    sides = (engine, oracle)
+    slow_of = {oracle.name: slow, engine.name: slow and engine.from_numpy(oracle.to_numpy(slow))}
+    if engine.name == oracle.name:
+        slow_of = {oracle.name: slow}
+    embeds, attends = _prompt(pipeline, fast, question)
+    prefill = [b.decode(DecoderStep(embeds[None], 0, attends, None, slow_of[b.name])) for b in sides]
+    found = [compare("decoder", "prefill logits", prefill[0][0], prefill[1][0], tolerance)]
+    found += _compare_layers(sides, [p[1] for p in prefill], tolerance)
+    for mode in DECODE_MODES:
+        found.append(_compare_steps(pipeline, sides, prefill, slow_of, steps, mode, tolerance))
+    return found
+
+
+def _prompt(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
+    """Merged embeddings [L, H] and attending positions [L]."""
+    ids, table = pipeline.tokenizer.prompt(question), pipeline.bundle.embedding()
+    embeds = np.concatenate([embedding_rows(table, ids.before), fast, embedding_rows(table, ids.after)])
+    mode = pipeline.bundle.facts.slow_fast.attends
+    before, visual, after = len(ids.before), len(fast), len(ids.after)
+    return embeds, np.repeat([mode != "text-after-video", mode == "all", True], [before, visual, after])
+
+
+def _compare_layers(sides: tuple[Backend, Backend], present: list[KeyValues], tolerance: Tolerance) -> list[Comparison]:
+    """K and V of every layer; only the worst is kept, or the first layer that fails."""
+    pairs = zip(sides[0].to_numpy(present[0]), sides[1].to_numpy(present[1]), strict=True)
+    found = [
+        compare("decoder", f"layer {i // 2} {('key', 'value')[i % 2]}", *pair, tolerance)
+        for i, pair in enumerate(pairs)
+    ]
+    failed = [c for c in found if not c.passed]
+    return failed[:1] or [worst(found)]
+
+
+def _compare_steps(
+    pipeline: Pipeline,
+    sides: tuple[Backend, Backend],
+    prefill: list[tuple[np.ndarray, KeyValues]],
+    slow_of: dict[str, KeyValues | None],
+    steps: int,
+    mode: str,
+    tolerance: Tolerance,
+) -> Comparison:
+    table, vocabulary = pipeline.bundle.embedding(), pipeline.tokenizer.vocabulary_size
+    state = list(prefill)
+    logits: list[list[np.ndarray]] = [[], []]
+    trained = mode == "trained"
+    for _ in range(steps):
+        token = int(state[1][0][:vocabulary].argmax())
+        embeds = embedding_rows(table, [token])[None]
+        for side, backend in enumerate(sides):
+            past = state[side][1]
+            slow = slow_of[backend.name] if trained else None
+            state[side] = backend.decode(DecoderStep(embeds, past.length, np.array([trained]), past, slow))
+            logits[side].append(state[side][0])
+    return compare("decoder", f"{mode} decode logits", np.stack(logits[0]), np.stack(logits[1]), tolerance)
+
+
+def _session(pipeline: Pipeline, backend: Backend, slow: np.ndarray) -> VideoSession:
+    return VideoSession(backend, pipeline.tokenizer, pipeline.bundle.embedding(), slow, Stopwatch())
+
+
+def _answers(
+    pipeline: Pipeline, engine: VideoSession, oracle: VideoSession, question: str, mode: str, max_new_tokens: int
+) -> AnswerPair:
+    options = pipeline.generation_options().greedy().override(max_new_tokens=max_new_tokens)
+    a, b = (session.ask(question, options, mode) for session in (engine, oracle))
+    equal = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), min(len(a.ids), len(b.ids)))
+    return AnswerPair(mode, question, a.answer, b.answer, len(b.ids), equal, a.ids == b.ids)

@@ -1,0 +1,133 @@
+"""Engines and a video file in, a session out: frames are read and prepared while earlier ones are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sfexport.engines.build import check_runtime, open_backend
+from sfexport.engines.interface import Backend
+from sfexport.errors import InputError
+from sfexport.graphs.fast_path import fast_token_count
+from sfexport.manifest import Engines
+from sfexport.qa.generation import GenerationOptions
+from sfexport.qa.prompt import ChatTokenizer
+from sfexport.qa.session import Stopwatch, VideoSession, check_question
+from sfexport.video.decoding import Video
+from sfexport.video.preprocessing import preprocess
+from sfexport.video.sampling import sample_indices
+
+OnFrames = Callable[[int, int], None]
+CHUNK = 8  # frames per call of the vision encoder
+
+
+class Pipeline:
+    """A model ready to answer. `Pipeline.load(engines)`, then `encode(video)`, then `session.ask(question)`."""
+
+    def __init__(self, engines: Engines, tokenizer: ChatTokenizer) -> None:
+        self.engines, self.bundle, self.tokenizer = engines, engines.bundle, tokenizer
+
+    @classmethod
+    def load(cls, engines: str | Path) -> Pipeline:
+        """Raises BundleError for a directory that is not usable here, before any engine is loaded."""
+        opened = Engines.open(Path(engines))
+        check_runtime(opened)
+        return cls(opened, ChatTokenizer.load(opened.bundle.path, opened.bundle.config))
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Loaded when first needed, so that a bad video or question is found before a long load."""
+        return open_backend(self.engines)
+
+    def generation_options(self) -> GenerationOptions:
+        """The checkpoint's defaults."""
+        return GenerationOptions.from_config(self.bundle.generation_config(), self.tokenizer.end_of_turn())
+
+    def read_frames(self, path: str | Path, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
+        """All sampled frames at once, for comparisons: pixels [n, 3, S, S] and, per sampled frame, its row."""
+        with Video.open(path) as video:
+            unique, rows = self._sample(video, frames, sampling)
+            return preprocess(list(video.frames(unique)), self.bundle.image), rows
+
+    def encode(
+        self,
+        path: str | Path,
+        frames: int | None = None,
+        sampling: str = "linspace",
+        questions: Sequence[str] = (),
+        on_frames: OnFrames = lambda done, total: None,
+    ) -> VideoSession:
+        """Encode a video file (or a picture: one frame).
+
+        Args:
+            frames: how many to sample; None: the bundle's default.
+            sampling: 'linspace' (the reference's demo) or 'eval' (its evaluation).
+            questions: checked to fit before anything is encoded.
+            on_frames: called with frames done and in all, as encoding proceeds.
+
+        Raises:
+            VideoError: the file cannot be read.
+            InputError: a question is empty or does not fit.
+        """
+        watch = Stopwatch()
+        with Video.open(path) as video:
+            unique, rows = self._sample(video, frames, sampling)
+            for question in questions:
+                self.check_question(question, len(rows))
+            encoded = []
+            for pixels in _timed(self._pixel_chunks(video, unique), watch):
+                with watch.stage("vision"):
+                    encoded.append(self.backend.encode_frames(pixels, single_image=len(rows) == 1))
+                on_frames(sum(map(len, encoded)), len(unique))
+        # A clip shorter than the sample repeats frames: each is encoded once.
+        slow_tokens = np.concatenate(encoded)[rows]
+        session = VideoSession(self.backend, self.tokenizer, self.bundle.embedding(), slow_tokens, watch)
+        session.charge_frames(len(unique))
+        return session
+
+    def check_question(self, question: str, frames: int) -> None:
+        """Raises InputError for a question that is empty or does not fit behind `frames` sampled frames."""
+        facts = self.bundle.facts
+        cells = self.bundle.tokens_per_frame(single_image=frames == 1)
+        fast_tokens = fast_token_count(frames, cells, facts.slow_fast.fast)
+        check_question(question, self.tokenizer, fast_tokens, facts.text.max_length)
+
+    def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
+        """Distinct frame indices, and for each sampled frame its place among them."""
+        count = self.bundle.frames if frames is None else frames
+        if count < 1:
+            raise InputError(f"--frames must be at least 1, not {count}.")
+        info = video.info
+        indices = sample_indices(sampling, info.frame_count, info.fps, count)
+        unique, rows = np.unique(indices, return_inverse=True)
+        return unique.tolist(), rows
+
+    def _pixel_chunks(self, video: Video, indices: list[int]) -> Iterator[np.ndarray]:
+        """Prepared chunks; the next one is read while the caller works on the last."""
+        frames = video.frames(indices)
+
+        def read(count: int) -> np.ndarray:
+            return preprocess([next(frames) for _ in range(count)], self.bundle.image)
+
+        sizes = [min(CHUNK, len(indices) - i) for i in range(0, len(indices), CHUNK)]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pending = pool.submit(read, sizes[0])
+            for size in sizes[1:]:
+                chunk = pending.result()
+                pending = pool.submit(read, size)
+                yield chunk
+            yield pending.result()
+
+
+def _timed(chunks: Iterator[np.ndarray], watch: Stopwatch) -> Iterator[np.ndarray]:
+    """Charge the time spent waiting for frames to the 'video' stage."""
+    while True:
+        with watch.stage("video"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk

@@ -1,0 +1,206 @@
+"""A video as a session: what depends on the video alone is computed once, a question costs its own tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sfexport.checkpoint import Tensor
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.errors import InputError
+from sfexport.facts import DECODE_MODES
+from sfexport.manifest import embedding_rows
+from sfexport.qa.generation import GenerationOptions, Sampler
+from sfexport.qa.prompt import ChatTokenizer
+
+OnText = Callable[[str], None]
+STAGES = ("video", "vision", "compress", "prefix", "prefill", "decode")
+
+
+class Stopwatch:
+    """Seconds by stage; stages add up over repeated use."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question.
+
+    Attributes:
+        prefill_tokens: positions prefilled for it: for a session's first question the video's prefix too.
+        frames_encoded: frames that went through the vision encoder for it (0 from the second question on).
+        seconds: by stage, see STAGES.
+    """
+
+    question: str
+    answer: str
+    ids: list[int]
+    prefill_tokens: int
+    new_tokens: int
+    frames_encoded: int
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Pending:
+    """The cost of encoding, charged to the first question."""
+
+    prefill_tokens: int
+    frames_encoded: int
+    seconds: dict[str, float]
+
+
+def check_question(question: str, tokenizer: ChatTokenizer, fast_tokens: int, limit: int | None) -> list[int]:
+    """The question's own token ids (all that follows the video).
+
+    Args:
+        limit: positions the model takes (tokenizer_model_max_length), or None.
+
+    Raises:
+        InputError: the question is empty, or does not fit behind the video.
+    """
+    ids = tokenizer.prompt(question)
+    before, after = len(ids.before), len(ids.after)
+    total = before + fast_tokens + after
+    if limit is not None and total > limit:
+        raise InputError(
+            f"The question does not fit: {before} tokens before the video, {fast_tokens} of the video and {after} of "
+            f"the question make {total}, and the model takes {limit}.",
+            "Ask a shorter question or use fewer frames (--frames).",
+        )
+    return ids.after
+
+
+class VideoSession:
+    """Questions about one video. Made by Pipeline.encode.
+
+    Attributes:
+        frames: frames sampled from the video. fast_tokens, slow_tokens: how many there are.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: ChatTokenizer, embedding: Tensor, slow_tokens: np.ndarray, watch: Stopwatch
+    ) -> None:
+        """Args: `slow_tokens` float32 [T, P, H], one entry per sampled frame."""
+        self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
+        self._attends = backend.facts.slow_fast.attends
+        self.frames, self.slow_tokens = len(slow_tokens), slow_tokens.shape[0] * slow_tokens.shape[1]
+        with watch.stage("compress"):
+            fast, self._slow = backend.compress(slow_tokens)
+        self.fast_tokens = len(fast)
+        with watch.stage("prefix"):
+            self._prefix = self._prefill_prefix(fast)
+        self._pending = _Pending(self._prefix.length, 0, dict(watch.seconds))
+
+    def charge_frames(self, count: int) -> None:
+        """Record how many frames went through the vision encoder, for the first question's report."""
+        self._pending.frames_encoded = count
+
+    def _prefill_prefix(self, fast: np.ndarray) -> KeyValues:
+        """K/V of the text before the video and of the fast tokens: the same for every question."""
+        before = self._tokenizer.prompt("?").before
+        text = embedding_rows(self._embedding, before)
+        _, past = self._step(text, None, attends=self._attends != "text-after-video")
+        # Visual positions do not attend in most models: the slow tokens are left out of that call altogether.
+        _, past = self._step(fast, past, attends=self._attends == "all")
+        return past
+
+    def _step(self, embeds: np.ndarray, past: KeyValues | None, attends: bool) -> tuple[np.ndarray, KeyValues]:
+        step = DecoderStep(
+            inputs_embeds=embeds[None],
+            start=past.length if past else 0,
+            slow_attends=np.full(len(embeds), attends),
+            past=past,
+            slow=self._slow if attends else None,
+        )
+        return self._backend.decode(step)
+
+    def ask(
+        self, question: str, options: GenerationOptions, mode: str | None = None, on_text: OnText | None = None
+    ) -> Answer:
+        """Answer a question.
+
+        Args:
+            mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
+            on_text: called with each new piece of the answer as it is generated.
+
+        Raises:
+            InputError: an empty question, one that does not fit, an unknown mode.
+        """
+        mode = mode or self._backend.facts.slow_fast.decode_mode
+        if mode not in DECODE_MODES:
+            raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
+        ids = check_question(question, self._tokenizer, self.fast_tokens, self._backend.facts.text.max_length)
+        watch = Stopwatch()
+        with watch.stage("prefill"):
+            logits, past = self._step(embedding_rows(self._embedding, ids), self._prefix, attends=True)
+        with watch.stage("decode"):
+            new = self._generate(logits, past, options, mode == "trained", on_text or (lambda text: None))
+        return self._answer(question, ids, new, options, watch)
+
+    def _answer(
+        self, question: str, prompt: list[int], new: list[int], options: GenerationOptions, watch: Stopwatch
+    ) -> Answer:
+        encoding, self._pending = self._pending, _Pending(0, 0, dict.fromkeys(STAGES, 0.0))
+        return Answer(
+            question=question,
+            answer=self._tokenizer.decode([i for i in new if i not in options.stop_ids]).strip(),
+            ids=new,
+            prefill_tokens=encoding.prefill_tokens + len(prompt),
+            new_tokens=len(new),
+            frames_encoded=encoding.frames_encoded,
+            seconds={s: round(encoding.seconds[s] + watch.seconds[s], 6) for s in STAGES},
+        )
+
+    def _generate(
+        self, logits: np.ndarray, past: KeyValues, options: GenerationOptions, attends: bool, on_text: OnText
+    ) -> list[int]:
+        """Token ids up to and including a stop token."""
+        sampler, stream = Sampler(options), _TextStream(self._tokenizer, on_text)
+        while True:
+            # Rows beyond the tokenizer are padding of the table; the reference cuts them off on loading.
+            token = sampler.next(logits[: self._tokenizer.vocabulary_size])
+            if token in options.stop_ids:
+                break
+            stream.add(token)
+            if len(sampler.ids) >= options.max_new_tokens:
+                break
+            logits, past = self._step(embedding_rows(self._embedding, [token]), past, attends)
+        stream.close()
+        return sampler.ids
+
+
+@dataclass
+class _TextStream:
+    """Turns ids into pieces of text, holding back bytes that do not form a character yet."""
+
+    tokenizer: ChatTokenizer
+    on_text: OnText
+    ids: list[int] = field(default_factory=list)
+    sent: int = 0
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._send(text)
+
+    def close(self) -> None:
+        self._send(self.tokenizer.decode(self.ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self.sent:
+            self.on_text(text[self.sent :])
+            self.sent = len(text)
