@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -16,18 +17,30 @@ def check_output(target: Path, ours: str) -> None:
     """Refuse a place that cannot be written, or that holds something that is not ours.
 
     Args:
-        ours: the manifest's file name; a directory that has it may be replaced, and so may an empty one.
+        ours: the manifest's file name; a directory that has it may be replaced, and so may an empty one. We
+            write no directories into it: one that has any holds something of the user's too.
 
     Raises:
         InputError: with what is in the way.
     """
-    if target.exists() and not target.is_dir():
-        raise InputError(f"The output {target} exists and is not a directory.", "Choose another with -o.")
-    if target.is_dir() and any(target.iterdir()) and not (target / ours).is_file():
-        raise InputError(
-            f"The output directory {target} already holds something else (no {ours} in it).",
-            "Choose another with -o, or empty it first; nothing was changed.",
-        )
+    hint = "Choose another with -o, or empty it first; nothing was changed."
+    try:
+        if os.path.lexists(target) and not target.is_dir():
+            raise InputError(f"The output {target} exists and is not a directory.", "Choose another with -o.")
+        entries = list(target.iterdir()) if target.is_dir() else []
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise InputError(f"The output {target} is the current directory or above it.", "Name another with -o.")
+    if entries and not (target / ours).is_file():
+        raise InputError(f"The output directory {target} already holds something else (no {ours} in it).", hint)
+    for entry in entries:
+        if entry.is_dir():
+            raise InputError(f"The output directory {target} also holds the directory {entry.name}.", hint)
+
+
+def _unwritable(target: Path, error: OSError) -> InputError:
+    return InputError(f"The output {target} cannot be written: {error.strerror or error}.", "Choose another with -o.")
 
 
 @contextlib.contextmanager
@@ -35,36 +48,31 @@ def new_directory(target: Path, ours: str) -> Iterator[Path]:
     """A temporary sibling of `target` to write into; renamed to it at the end, removed if anything fails.
 
     Raises:
-        InputError: as check_output, and where the parent cannot be written.
+        InputError: as check_output, and where the parent cannot be written or the disk is full.
     """
     check_output(target, ours)
-    made: list[Path] = []
+    target = target.resolve() if target.name == ".." else target
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        made = _make_parents(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         _remove_empty(made)
-        raise InputError(
-            f"The output {target} cannot be written: {error.strerror or error}.", "Choose another with -o."
-        ) from None
+        raise _unwritable(target, error) from None
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         _replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _unwritable(target, error) from None
         raise
 
 
-def _make_parents(target: Path) -> list[Path]:
-    """Create missing parents; returns those it made, deepest first."""
-    missing = [p for p in target.parents if not p.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
 def _remove_empty(directories: list[Path]) -> None:
+    """Remove parents that were made for nothing, deepest first."""
     for directory in directories:
         with contextlib.suppress(OSError):
             directory.rmdir()
@@ -82,11 +90,12 @@ def _replace(temporary: Path, target: Path) -> None:
         return
     # A directory cannot be replaced in one step: the old one steps aside until the new one stands.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(aside / target.name)
     try:
-        temporary.rename(target)
-    except OSError:
-        (aside / target.name).rename(target)
-        raise
+        target.rename(aside / target.name)
+        try:
+            temporary.rename(target)
+        except OSError:
+            (aside / target.name).rename(target)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

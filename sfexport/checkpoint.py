@@ -7,18 +7,21 @@ are read: a pickle can run code when it is opened, so pickled weights are refuse
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfexport.errors import CheckpointError, InputError
+from sfexport.errors import CheckpointError
 from sfexport.facts import TOWER_PREFIX, ModelFacts
-from sfexport.towers import ImageFacts, Tower, read_tower
+from sfexport.towers import ImageFacts, Tower, VitTower, read_tower
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,7 +36,12 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+READABLE = ("F32", "F16", "BF16")
+# Other dtypes may stand in a checkpoint as long as the model does not need the tensor.
+DTYPE_BYTES = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
+    **{"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8},
+}
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 _LAYER_SCALE = re.compile(re.escape(TOWER_PREFIX) + r"stages\.\d+\.blocks\.\d+\.gamma$")
 _UNUSED = re.compile(re.escape(TOWER_PREFIX) + r"(head\.|vision_model\.(head|post_layernorm)\.)")
@@ -93,12 +101,17 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "does not exist"
-            raise CheckpointError(f"The checkpoint {path} {problem}.")
+            raise CheckpointError(f"The checkpoint {path} {problem}.", "Name the directory that holds config.json.")
         config = read_json(path / "config.json", "A checkpoint directory has a config.json beside its weights.")
         shards, tensors = [], {}
         for name in _shard_names(path):
             shard, found = _read_shard(path / name, name)
             shards.append(shard)
+            if twice := sorted(tensors.keys() & found.keys()):
+                raise CheckpointError(
+                    f"Tensor '{twice[0]}' is in two shards of {path}: {tensors[twice[0]].shard.name} and {name}.",
+                    "Remove the shard that belongs to another model.",
+                )
             tensors |= found
         return cls(path, config, tuple(shards), tensors)
 
@@ -128,7 +141,7 @@ class Checkpoint:
         return sorted(name for name in self.tensors if _UNUSED.match(name))
 
     def validate(self) -> None:
-        """Check every tensor's name and shape.
+        """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.
 
         Raises:
             CheckpointError: naming the missing tensors, or the tensor with the wrong shape and both shapes.
@@ -137,7 +150,8 @@ class Checkpoint:
         if facts.projector.in_size != tower.out_size:
             raise CheckpointError(
                 f"config.json: mm_hidden_size is {facts.projector.in_size}, but the vision tower's tensors give "
-                f"{tower.out_size} features."
+                f"{tower.out_size} features.",
+                "config.json may belong to another model.",
             )
         expected = self.expected_tensors()
         missing = [name for name in expected if name not in self.tensors]
@@ -148,11 +162,35 @@ class Checkpoint:
                 "The download may be incomplete, or config.json may belong to another model.",
             )
         for name, shape in expected.items():
-            if self.tensors[name].shape != shape:
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
                 raise CheckpointError(
-                    f"Tensor '{name}' in {self.tensors[name].shard.name} has shape {list(self.tensors[name].shape)}; "
-                    f"config.json asks for {list(shape)}."
+                    f"Tensor '{name}' in {tensor.shard.name} has shape {list(tensor.shape)}; config.json asks for "
+                    f"{list(shape)}.",
+                    "config.json may belong to another model.",
                 )
+            if tensor.dtype not in READABLE:
+                raise CheckpointError(
+                    f"Tensor '{name}' in {tensor.shard.name} is stored as {tensor.dtype}; sfexport reads "
+                    f"{', '.join(READABLE)}.",
+                    "Save the model in one of these.",
+                )
+        self._check_frame_size()
+
+    def _check_frame_size(self) -> None:
+        side, stride = self.tower.grid(self.image.crop), self.facts.slow_fast.video_pooling_stride
+        if side < stride:
+            raise CheckpointError(
+                f"Frames of {self.image.crop} x {self.image.crop} pixels give {side} x {side} tokens, too few for "
+                f"mm_video_pooling_stride {stride} in config.json.",
+                "Correct crop_size in preprocessor_config.json.",
+            )
+        if isinstance(self.tower, VitTower) and self.image.crop != self.tower.image_size:
+            raise CheckpointError(
+                f"preprocessor_config.json makes frames of {self.image.crop} x {self.image.crop} pixels, but the "
+                f"vision tower's position embeddings are for {self.tower.image_size} x {self.tower.image_size}.",
+                "preprocessor_config.json may belong to another model.",
+            )
 
     def side_files(self) -> list[Path]:
         """The files beside the weights that this checkpoint has and a bundle takes along."""
@@ -171,20 +209,20 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist.", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.", "It may be damaged; get it again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object.")
+        raise CheckpointError(f"{path} does not hold a JSON object.", "It may be damaged; get it again.")
     return value
 
 
 def _shard_names(path: Path) -> list[str]:
-    if (path / INDEX_FILE).is_file():
+    if os.path.lexists(path / INDEX_FILE):
         weight_map = read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX_FILE} has no weight_map.")
-        return sorted(set(weight_map.values()))
-    if (path / SINGLE_FILE).is_file():
+            raise CheckpointError(f"{path / INDEX_FILE} has no weight_map.", "Download it again.")
+        return [_plain_name(name) for name in sorted(set(map(str, weight_map.values())))]
+    if os.path.lexists(path / SINGLE_FILE):
         return [SINGLE_FILE]
     pickles = [file.name for pattern in PICKLE_PATTERNS for file in path.glob(pattern)]
     if pickles:
@@ -192,12 +230,18 @@ def _shard_names(path: Path) -> list[str]:
             f"The checkpoint {path} has only pickled weights ({pickles[0]}), which can run code when opened.",
             "Convert them with transformers: model.save_pretrained(DIR, safe_serialization=True).",
         )
-    raise CheckpointError(f"The checkpoint {path} has no {SINGLE_FILE} and no {INDEX_FILE}.")
+    raise CheckpointError(f"The checkpoint {path} has no {SINGLE_FILE} and no {INDEX_FILE}.", "Download it again.")
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or "\0" in name or not name.isprintable():
+        raise CheckpointError(
+            f"{INDEX_FILE} names the shard {name!r}, which is not a plain file name.", "Download it again."
+        )
+    return name
 
 
 def _read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
-    if Path(name).name != name:
-        raise CheckpointError(f"{INDEX_FILE} names the shard {name!r}, which is not a plain file name.")
     try:
         real = path.resolve(strict=True)
         size = real.stat().st_size
@@ -206,8 +250,8 @@ def _read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
     except FileNotFoundError:
         what = "is a link to a file that is gone" if path.is_symlink() else "does not exist"
         raise CheckpointError(f"The shard {path} {what}.", "Download the checkpoint again.") from None
-    except OSError as error:
-        raise CheckpointError(f"The shard {path} cannot be read: {error}.") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise CheckpointError(f"The shard {path} cannot be read: {error}.", "Download it again.") from None
     tensors = _parse_header(header, real, path)
     end = max((t.offset + t.length for t in tensors.values()), default=8 + len(header))
     if size < end:
@@ -222,7 +266,9 @@ def _read_header(prefix: bytes, file: Any, path: Path) -> bytes:
     length = int.from_bytes(prefix, "little")
     header = file.read(length) if len(prefix) == 8 and 0 < length <= HEADER_LIMIT else b""
     if not header or len(header) < length:
-        raise CheckpointError(f"The shard {path} is not a safetensors file, or is truncated within its header.")
+        raise CheckpointError(
+            f"The shard {path} is not a safetensors file, or is truncated within its header.", "Download it again."
+        )
     return header
 
 
@@ -230,22 +276,30 @@ def _parse_header(header: bytes, real: Path, path: Path) -> dict[str, Tensor]:
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        return {t.name: t for t in (_tensor(name, e, real, 8 + len(header)) for name, e in entries.items())}
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"The shard {path} has a damaged safetensors header ({error}).") from None
+        tensors = [_tensor(name, entry, real, 8 + len(header)) for name, entry in entries.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"The shard {path} has a damaged safetensors header ({error}).", "Download it again."
+        ) from None
+    tensors.sort(key=lambda t: (t.offset, t.length))
+    for first, second in pairwise(tensors):
+        if second.offset < first.offset + first.length:
+            raise CheckpointError(
+                f"The shard {path} has a damaged safetensors header: the tensors '{first.name}' and '{second.name}' "
+                "overlap.",
+                "Download it again.",
+            )
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _tensor(name: str, entry: dict[str, Any], shard: Path, data_start: int) -> Tensor:
-    begin, end = entry["data_offsets"]
-    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    """Raises ValueError, TypeError or KeyError for an entry that makes no sense."""
+    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"'{name}' has shape {list(shape)} and data offsets {[begin, end]}")
     if _LAYER_SCALE.match(name):  # timm's and open_clip's spelling of the reference's '.weight'
         name = name.removesuffix("gamma") + "weight"
-    if dtype not in DTYPE_BYTES and not _UNUSED.match(name):
-        raise CheckpointError(
-            f"Tensor '{name}' in {shard.name} is stored as {dtype}.", "sfexport reads F32, F16 and BF16 weights."
-        )
-    if begin < 0 or end - begin != int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES.get(dtype, 0):
-        raise CheckpointError(f"Tensor '{name}' in {shard.name}: shape {list(shape)} and data offsets disagree.")
-    return Tensor(name, dtype, shape, shard, data_start + begin, end - begin)
+    length = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
+    if end - begin != length or length < 0:
+        raise ValueError(f"'{name}' has shape {list(shape)} in {dtype} and data offsets {[begin, end]}")
+    return Tensor(name, dtype, shape, shard, data_start + begin, length)

@@ -43,8 +43,5 @@ class VideoError(InputError):
 class MissingDependency(SfexportError):
     """An optional library is needed for this command and is not installed."""
 
-    def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the library '{library}', which is not installed.",
-            f"Install it with: pip install 'sfexport[{extra}]'.",
-        )
+    def __init__(self, library: str, purpose: str, install: str) -> None:
+        super().__init__(f"{purpose} needs the library '{library}', which is not installed.", f"Install it: {install}")

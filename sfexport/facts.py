@@ -6,6 +6,7 @@ field's meaning and its default (which follow the reference implementation) are 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 Shapes = Mapping[str, tuple[int, ...]]
 _REQUIRED = object()
+_HINT = "Take config.json from the model's own download."
 
 
 def _field(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> Any:
@@ -32,14 +34,35 @@ def _field(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> An
     if value is not None:
         return value
     if default is _REQUIRED:
-        raise CheckpointError(f"config.json has no value for '{name}', which this model needs.")
+        raise CheckpointError(f"config.json has no value for '{name}', which this model needs.", _HINT)
     return default
 
 
 def _positive(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> int:
     value = _field(config, name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: '{name}' must be a positive whole number, not {value!r}.")
+        raise CheckpointError(f"config.json: '{name}' must be a positive whole number, not {value!r}.", _HINT)
+    return value
+
+
+def _depth(config: Mapping[str, Any], name: str, default: int) -> int:
+    value = _field(config, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"config.json: '{name}' must be a whole number from 0 on, not {value!r}.", _HINT)
+    return value
+
+
+def _positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = _field(config, name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: '{name}' must be a positive number, not {value!r}.", _HINT)
+    return float(value)
+
+
+def _text(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> str:
+    value = _field(config, name, default)
+    if not isinstance(value, str):
+        raise CheckpointError(f"config.json: '{name}' must be a text, not {value!r}.", _HINT)
     return value
 
 
@@ -70,21 +93,28 @@ class TextFacts:
         if config.get("use_sliding_window") and config.get("sliding_window"):
             raise CheckpointError("config.json asks for sliding-window attention, which sfexport does not export.")
         if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not Qwen2's 'silu'.")
+            raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not Qwen2's 'silu'.", _HINT)
+        kv_heads = _positive(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"config.json: {heads} num_attention_heads cannot share {kv_heads} num_key_value_heads evenly.", _HINT
+            )
         # transformers 5 keeps the base in rope_parameters; the released files have rope_theta.
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_parameters")
+        rope = rope if isinstance(rope, Mapping) and rope.get("rope_theta") else config
+        limit = config.get("tokenizer_model_max_length")
         return cls(
             hidden_size=hidden,
             num_layers=_positive(config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_positive(config, "num_key_value_heads", heads),
+            num_kv_heads=kv_heads,
             head_dim=_positive(config, "head_dim", hidden // heads),
             intermediate_size=_positive(config, "intermediate_size"),
             vocab_size=_positive(config, "vocab_size"),
-            rms_norm_eps=float(_field(config, "rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or _field(config, "rope_theta", 10000.0)),
+            rms_norm_eps=_positive_number(config, "rms_norm_eps", 1e-6),
+            rope_theta=_positive_number(rope, "rope_theta", 10000.0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_length=config.get("tokenizer_model_max_length"),
+            max_length=None if limit is None else _positive(config, "tokenizer_model_max_length"),
             padding_side=config.get("tokenizer_padding_side") or "right",
         )
 
@@ -106,7 +136,7 @@ class GateFacts:
                 f"The types that work in the reference are: {', '.join(GATING_TYPES)}.",
             )
         warm_up = gating.endswith("warmup")
-        text_only = _field(config, "cross_attn_implementation").startswith("text-only-vanilla")
+        text_only = _text(config, "cross_attn_implementation").startswith("text-only-vanilla")
         return cls(dynamic_tanh="tanh" in gating, warm_up=warm_up, warm_up_tanh=warm_up and text_only)
 
 
@@ -147,7 +177,7 @@ class SlowFastFacts:
         default = _REQUIRED if hybrid else 1
         return cls(
             hybrid_layers=hybrid,
-            attends=_attends(_field(config, "cross_attn_implementation")) if hybrid else "text",
+            attends=_attends(_text(config, "cross_attn_implementation")) if hybrid else "text",
             gate=GateFacts.from_config(config) if hybrid else None,
             fast=FastPathFacts(
                 sampling_stride=_positive(config, "fast_token_temporal_sampling_stride", default),
@@ -165,9 +195,8 @@ def hybrid_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     if config.get("cross_attn_every_n_layers") is None:
         return ()
     layers = _positive(config, "num_hidden_layers")
-    start = config.get("cross_attn_min_layer_depth") or 0
-    stop = config.get("cross_attn_max_layer_depth")
-    stop = layers if stop is None else stop
+    start = _depth(config, "cross_attn_min_layer_depth", 0)
+    stop = _depth(config, "cross_attn_max_layer_depth", layers)
     return tuple(i for i in range(start, stop, _positive(config, "cross_attn_every_n_layers")) if i < layers)
 
 
@@ -192,11 +221,11 @@ class ProjectorFacts:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ProjectorFacts:
-        name = config.get("mm_projector_type") or "linear"
+        name = _text(config, "mm_projector_type", "linear")
         size = _positive(config, "mm_hidden_size")
         if name in ("linear", "identity"):
             return cls(name, int(name == "linear"), size)
-        match = re.fullmatch(r"mlp(\d+)x_gelu", name)
+        match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", name)
         if not match:
             raise CheckpointError(
                 f"config.json: unknown mm_projector_type {name!r}.", "Known: linear, identity, mlp<N>x_gelu."
@@ -226,9 +255,7 @@ class ModelFacts:
                 f"config.json: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}.",
                 "sfexport takes Slow-Fast Video MLLM checkpoints only.",
             )
-        return cls(
-            TextFacts.from_config(config), SlowFastFacts.from_config(config), ProjectorFacts.from_config(config)
-        )
+        return cls(TextFacts.from_config(config), SlowFastFacts.from_config(config), ProjectorFacts.from_config(config))
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor outside the vision tower."""

@@ -6,8 +6,10 @@ import sfexport.checkpoint, facts, towers and errors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -25,6 +27,7 @@ from sfexport.towers import ImageFacts
 FORMAT = 1
 BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
 GRAPHS = ("vision_encoder", "compressor", "decoder")
+AGAIN = "Run the command that wrote this directory again."
 
 
 def file_sha256(path: Path) -> str:
@@ -51,7 +54,7 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 def place(path: Path, base: Path) -> dict[str, str]:
     """A path as a manifest stores it: relative, so that a tree can move as a whole, and absolute."""
-    return {"relative": os.path.relpath(path, base), "absolute": str(path.resolve())}
+    return {"relative": os.path.relpath(path.resolve(), base.resolve()), "absolute": str(path.resolve())}
 
 
 def find_place(stored: dict[str, str], base: Path, what: str, hint: str) -> Path:
@@ -69,13 +72,16 @@ def _open_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
         BundleError: not such a directory, damaged, another version, a file missing or changed.
     """
     if not directory.is_dir():
-        raise BundleError(f"{directory} {'is not a directory' if directory.exists() else 'does not exist'}.")
+        problem = "is not a directory" if directory.exists() else "does not exist"
+        raise BundleError(f"{directory} {problem}.", f"Name {kind}.")
     if not (directory / name).is_file():
-        raise BundleError(f"{directory} is not {kind}: it has no {name}.")
+        is_bundle = (directory / BUNDLE_FILE).is_file()
+        hint = "It is a bundle: sfexport build makes engines from it." if is_bundle else f"Name {kind}."
+        raise BundleError(f"{directory} is not {kind}: it has no {name}.", hint)
     try:
         content = read_json(directory / name)
     except InputError as error:
-        raise BundleError(str(error)) from None
+        raise BundleError(str(error), AGAIN) from None
     version = str(content.get("sfexport"))
     if content.get("format") != FORMAT or version.split(".")[:2] != __version__.split(".")[:2]:
         raise BundleError(
@@ -90,15 +96,33 @@ def _open_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
 def _check_files(directory: Path, content: dict[str, Any]) -> None:
     files = content.get("files")
     if not isinstance(files, dict):
-        raise BundleError(f"The manifest in {directory} is damaged: it lists no files.")
+        raise BundleError(f"The manifest in {directory} is damaged: it lists no files.", AGAIN)
     for name, promised in files.items():
+        if not isinstance(promised, dict):
+            raise BundleError(f"The manifest in {directory} is damaged: it says nothing about {name}.", AGAIN)
         if not (directory / name).is_file():
-            raise BundleError(f"{directory / name} is missing.", "Run the command that wrote this directory again.")
+            raise BundleError(f"{directory / name} is missing.", AGAIN)
         if file_sha256(directory / name) != promised.get("sha256"):
             raise BundleError(
                 f"{directory / name} was changed after it was written (its sha256 is not the manifest's).",
-                "Run the command that wrote this directory again.",
+                AGAIN,
             )
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Says of a manifest that lacks something, or has it in another form, that it is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"The manifest in {directory} is damaged: {problem}.", AGAIN) from None
+
+
+def _expect(content: dict[str, Any], names: Sequence[str]) -> None:
+    """Raises KeyError for a name that is missing."""
+    for name in names:
+        content[name]
 
 
 @dataclass(frozen=True)
@@ -116,10 +140,9 @@ class Bundle:
             BundleError: naming what is missing or changed.
         """
         bundle = cls(path, _open_manifest(path, BUNDLE_FILE, "a bundle"))
-        try:
+        with _readable(path):
             bundle._check_shards()
-        except (KeyError, TypeError) as error:
-            raise BundleError(f"The manifest in {path} is damaged: {error}.") from None
+            bundle._check_content()
         return bundle
 
     @cached_property
@@ -180,6 +203,16 @@ class Bundle:
         file = self.path / "generation_config.json"
         return read_json(file) if file.is_file() else {}
 
+    def _check_content(self) -> None:
+        """Read everything that is read later, so that what is missing is found now."""
+        _expect(self.content, ("model", "tools"))
+        _expect(self.content["checkpoint"], ("relative", "absolute"))
+        _expect(self.content["graphs"], GRAPHS)
+        self.tokens_per_frame(single_image=True), self.tokens_per_frame(single_image=False)
+        if not isinstance(self.frames, int) or self.frames < 1:
+            raise ValueError(f"its number of frames is {self.frames!r}")
+        self.image, self.embedding(), self.facts
+
     def _check_shards(self) -> None:
         for shard in self.content["weights"]["shards"]:
             file = self.weights_directory / shard["file"]
@@ -232,12 +265,11 @@ class Engines:
         """
         path = resolve_engines(path)
         content = _open_manifest(path, ENGINE_FILE, "an engine directory")
-        try:
-            stored = content["bundle"]
+        with _readable(path):
+            stored, promised = content["bundle"], content["bundle"]["sha256"]
             where = find_place(stored, path, "the bundle it was built from", "Put it back, or build again.")
-            promised = stored["sha256"]
-        except (KeyError, TypeError) as error:
-            raise BundleError(f"The manifest in {path} is damaged: {error}.") from None
+            _expect(content, ("backend", "target", "machine"))
+            _expect(content["runtime"], ("name", "version"))
         bundle = Bundle.open(where)
         if file_sha256(where / BUNDLE_FILE) != promised:
             raise BundleError(

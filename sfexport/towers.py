@@ -83,8 +83,8 @@ def _convnext_block(p: str, width: int, kernel: int) -> dict[str, tuple[int, ...
 class VitTower:
     """CLIP or SigLIP vision transformer in transformers' names, cut after `num_layers_used` layers.
 
-    The reference takes hidden_states[mm_vision_select_layer] (default -2: without the last layer) and, for
-    CLIP with select feature 'patch', drops the class token.
+    The reference takes hidden_states[mm_vision_select_layer] (default -2: without the last layer) and drops
+    CLIP's class token.
     """
 
     kind: str
@@ -95,7 +95,6 @@ class VitTower:
     patch: int
     image_size: int
     select_layer: int
-    drop_class_token: bool
     layer_norm_eps: float
     activation: str
 
@@ -143,7 +142,10 @@ def tower_kind(config: Mapping[str, Any]) -> str:
     """'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`."""
     name = config.get("mm_vision_tower")
     if not isinstance(name, str):
-        raise CheckpointError("config.json has no value for 'mm_vision_tower', which this model needs.")
+        raise CheckpointError(
+            f"config.json: 'mm_vision_tower' must be a tower's name, not {name!r}.",
+            "Known: convnext-576, openai/clip-*, google/siglip-*.",
+        )
     if name.startswith("convnext"):
         return "convnext"
     if "siglip" in name:
@@ -156,20 +158,36 @@ def tower_kind(config: Mapping[str, Any]) -> str:
 
 
 def read_tower(config: Mapping[str, Any], shapes: Shapes) -> Tower:
-    """The tower's sizes from tensor shapes.
+    """The tower's sizes from tensor shapes (or from `vision_tower_sizes`, which files saved by sfexport have).
 
     Raises:
         CheckpointError: naming the tensor that is missing or cannot be understood.
     """
     kind = tower_kind(config)
+    if config.get("vision_tower_sizes"):
+        return tower_from_sizes(config["vision_tower_sizes"])
     return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, config, shapes)
+
+
+def tower_from_sizes(sizes: Mapping[str, Any]) -> Tower:
+    """The opposite of dataclasses.asdict, also after a way through JSON."""
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    try:
+        return ConvNextTower(**sizes) if sizes.get("kind") == "convnext" else VitTower(**sizes)
+    except TypeError as error:
+        raise CheckpointError(f"config.json: vision_tower_sizes has no meaning here ({error}).") from None
 
 
 def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     if name not in shapes:
-        raise CheckpointError(f"The checkpoint has no tensor '{name}', which its vision tower needs.")
-    if len(shapes[name]) != rank:
-        raise CheckpointError(f"Tensor '{name}' has shape {list(shapes[name])}; expected {rank} dimensions.")
+        raise CheckpointError(
+            f"The checkpoint has no tensor '{name}', which its vision tower needs.", "The download may be incomplete."
+        )
+    if len(shapes[name]) != rank or not all(shapes[name]):
+        raise CheckpointError(
+            f"Tensor '{name}' has shape {list(shapes[name])}; expected {rank} dimensions, none of them empty.",
+            "The checkpoint may be damaged, or mm_vision_tower in config.json may name another tower.",
+        )
     return shapes[name]
 
 
@@ -186,7 +204,9 @@ def _read_convnext(shapes: Shapes) -> ConvNextTower:
     depths = [_count(shapes, prefix + rf"stages\.{s}\.blocks\.(\d+)\.") for s in range(stages)]
     if not stages or not all(depths):
         raise CheckpointError(
-            f"The checkpoint's vision tower has blocks per stage {depths}: a stage has no '{TOWER_PREFIX}stages.*' tensors."
+            f"The checkpoint's vision tower has blocks per stage {depths}: a stage has no '{TOWER_PREFIX}stages.*' "
+            "tensors.",
+            "The download may be incomplete, or mm_vision_tower in config.json may name another tower.",
         )
     block = TOWER_PREFIX + "stages.{}.blocks.0.conv_dw.weight"
     widths = [_shape(shapes, block.format(s), 4)[0] for s in range(stages)]
@@ -204,20 +224,35 @@ def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
             f"The {kind} tower is {width} wide, which no published model is, so its head count is unknown.",
             "Add 'mm_vision_num_attention_heads' to config.json.",
         )
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise CheckpointError(
+            f"config.json: mm_vision_num_attention_heads is {heads!r}, which does not divide the {kind} tower's width "
+            f"{width}.",
+            "Take it from the tower's own config.json.",
+        )
     feature = config.get("mm_vision_select_feature") or "patch"
-    if feature not in ("patch", "cls_patch"):
-        raise CheckpointError(f"config.json: unknown mm_vision_select_feature {feature!r}.")
+    if feature != "patch":
+        raise CheckpointError(
+            f"config.json: mm_vision_select_feature {feature!r} does not give a square grid to pool.",
+            "Only 'patch' is supported.",
+        )
+    num_layers = _count(shapes, re.escape(VIT_PREFIX) + r"encoder\.layers\.(\d+)\.")
+    select = config.get("mm_vision_select_layer", -2)
+    if not isinstance(select, int) or not -num_layers - 1 <= select <= num_layers:
+        raise CheckpointError(
+            f"config.json: mm_vision_select_layer is {select!r}, and the {kind} tower has {num_layers} layers.",
+            f"It must lie between {-num_layers - 1} and {num_layers}.",
+        )
     is_clip = kind == "clip"
     return VitTower(
         kind=kind,
         width=width,
-        num_layers=_count(shapes, re.escape(VIT_PREFIX) + r"encoder\.layers\.(\d+)\."),
+        num_layers=num_layers,
         num_heads=heads,
         intermediate_size=_shape(shapes, VIT_PREFIX + "encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch=patch,
         image_size=patch * math.isqrt(positions - int(is_clip)),
-        select_layer=config.get("mm_vision_select_layer", -2),
-        drop_class_token=is_clip and feature == "patch",
+        select_layer=select,
         layer_norm_eps=1e-5 if is_clip else 1e-6,
         activation="quick_gelu" if is_clip else "gelu_tanh",
     )
@@ -254,13 +289,19 @@ class ImageFacts:
             match = re.search(r"-(\d+)$", config["mm_vision_tower"])
             default = int(match.group(1)) if match else 576
         size = _edge(processor.get("size"), default)
+        std = _triple(processor.get("image_std"), (0.5,) * 3 if is_siglip else CLIP_STD)
+        if not all(std):
+            raise CheckpointError(
+                f"preprocessor_config.json: image_std is {list(std)}, and pixels cannot be divided by 0.",
+                "Take the file from the model's own download.",
+            )
         crop = size if is_siglip else _edge(processor.get("crop_size"), size)
         return cls(
             size=size,
             crop=crop,
             keep_aspect=not is_siglip,
             mean=_triple(processor.get("image_mean"), (0.5,) * 3 if is_siglip else CLIP_MEAN),
-            std=_triple(processor.get("image_std"), (0.5,) * 3 if is_siglip else CLIP_STD),
+            std=std,
         )
 
 
@@ -274,12 +315,21 @@ def _edge(value: Any, default: int) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"preprocessor_config.json: an image size of {value!r} has no meaning here.")
+        raise CheckpointError(
+            f"preprocessor_config.json: an image size of {value!r} has no meaning here.",
+            "It must be a positive whole number of pixels.",
+        )
     return value
 
 
 def _triple(value: Any, default: tuple[float, ...]) -> tuple[float, float, float]:
-    values = tuple(float(v) for v in (value or default))
-    if len(values) != 3:
-        raise CheckpointError(f"preprocessor_config.json: expected three values per channel, found {list(values)}.")
+    try:
+        values = tuple(float(v) for v in (value or default))
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise CheckpointError(
+            f"preprocessor_config.json: expected three numbers, one per channel, found {value!r}.",
+            "Take the file from the model's own download.",
+        )
     return values

@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from sfexport.checkpoint import INDEX_FILE
 from sfexport.demo.tokenizer import END_OF_TEXT, IM_END, tokenizer_config, train_tokenizer
 from sfexport.errors import InputError
 from sfexport.facts import MODEL_TYPE, TOWER_PREFIX, ModelFacts, Shapes
-from sfexport.towers import CLIP_MEAN, CLIP_STD, ConvNextTower
+from sfexport.towers import CLIP_MEAN, CLIP_STD, ConvNextTower, Tower, VitTower
 
 TOWER = ConvNextTower(depths=(1, 1, 2, 1), widths=(16, 24, 32, 48), stem_patch=4, kernel=7)
 CONFIG_FILE = "config.json"
@@ -32,11 +33,16 @@ TRANSFORMERS_VERSION = "4.45.1"  # the reference's
 _LAYER_SCALE = re.compile(re.escape(TOWER_PREFIX) + r"stages\.\d+\.blocks\.\d+\.weight$")
 
 
-def write_random_checkpoint(path: Path, seed: int = 0) -> None:
+def write_random_checkpoint(
+    path: Path, seed: int = 0, tower: Tower = TOWER, changes: Mapping[str, Any] | None = None
+) -> None:
     """Write the checkpoint into the directory `path`: 0.75 MB, 4 decoder layers of width 64, two bf16 shards.
 
     The same seed gives the same bytes. A new directory appears when it is whole; an empty one is
     filled then, config.json last.
+
+    Args:
+        tower, changes: another vision tower, and other values for fields of config.json.
 
     Raises:
         InputError: `path` is a file or a directory that is not empty (it stays as it was), or it cannot be written.
@@ -50,7 +56,7 @@ def write_random_checkpoint(path: Path, seed: int = 0) -> None:
         with TemporaryDirectory(prefix=".sfexport-demo-", dir=home) as parent:
             draft = Path(parent) / path.name
             draft.mkdir()
-            _write_files(draft, seed)
+            _write_files(draft, seed, tower, changes or {})
             _move(draft, path)
     except OSError as error:
         raise InputError(
@@ -76,20 +82,22 @@ def _refuse_unless_free(path: Path) -> None:
         raise InputError(f"{path} is not a directory.", "Choose a new or empty directory for the demo checkpoint.")
 
 
-def _write_files(directory: Path, seed: int) -> None:
+def _write_files(directory: Path, seed: int, tower: Tower, changes: Mapping[str, Any]) -> None:
     tokenizer = train_tokenizer()
-    config = demo_config(tokenizer)
+    config = demo_config(tokenizer) | {"mm_hidden_size": tower.out_size} | dict(changes)
     (directory / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode() + b"\n")
     _write_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, MAX_LENGTH))
     _write_json(directory / CONFIG_FILE, config)
     _write_json(directory / "generation_config.json", _generation_config(tokenizer))
-    _write_json(directory / "preprocessor_config.json", _preprocessor_config())
+    size = tower.image_size if isinstance(tower, VitTower) else IMAGE_SIZE
+    _write_json(directory / "preprocessor_config.json", _preprocessor_config(size))
     tensors = {
         name: random_tensor(name, shape, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-        for name, shape in _all_shapes(config).items()
+        for name, shape in _all_shapes(config, tower).items()
     }
     # No token stands behind the vocabulary's padding: a logit of 0 keeps greedy decoding away from it.
-    tensors["lm_head.weight"][tokenizer.get_vocab_size() :] = 0
+    if "lm_head.weight" in tensors:
+        tensors["lm_head.weight"][tokenizer.get_vocab_size() :] = 0
     _write_shards(directory, tensors)
 
 
@@ -164,9 +172,9 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
+def _preprocessor_config(size: int) -> dict[str, Any]:
     return {
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -177,7 +185,7 @@ def _preprocessor_config() -> dict[str, Any]:
         "image_std": list(CLIP_STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": IMAGE_SIZE},
+        "size": {"shortest_edge": size},
     }
 
 
@@ -186,12 +194,16 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_bytes(text.encode() + b"\n")
 
 
-def _all_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors the model needs, and the tower's head, which released files store and nothing uses."""
-    width, head = TOWER.out_size, TOWER_PREFIX + "head."
+def _all_shapes(config: Mapping[str, Any], tower: Tower) -> Shapes:
+    """The tensors the model needs, and those that released files store and nothing uses: a ConvNeXt's head, a
+    ViT's last layers."""
+    shapes = ModelFacts.from_config(config).expected_tensors()
+    if isinstance(tower, VitTower):
+        return shapes | replace(tower, select_layer=-1).expected_tensors()
+    width, head = tower.out_size, TOWER_PREFIX + "head."
     unused = {f"{head}norm.weight": (width,), f"{head}norm.bias": (width,)}
     unused |= {f"{head}fc.weight": (1000, width), f"{head}fc.bias": (1000,)}
-    return ModelFacts.from_config(config).expected_tensors() | TOWER.expected_tensors() | unused
+    return shapes | tower.expected_tensors() | unused
 
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

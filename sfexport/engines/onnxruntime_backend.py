@@ -38,7 +38,7 @@ def _library() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingDependency("onnxruntime", "cpu", "The onnxruntime backend") from None
+        raise MissingDependency("onnxruntime", "The onnxruntime backend", "pip install onnxruntime") from None
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 

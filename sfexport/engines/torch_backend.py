@@ -16,13 +16,14 @@ from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import MissingDependency
 
 RUNTIME = "torch"
+INSTALL = "pip install 'sfexport[torch]'"
 
 
 def runtime_version() -> str:
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingDependency("torch", "torch", "The PyTorch model") from None
+        raise MissingDependency("torch", "The PyTorch model", INSTALL) from None
 
 
 def load_model(checkpoint: Path) -> Any:
@@ -33,7 +34,7 @@ def load_model(checkpoint: Path) -> Any:
 
         from sfexport.model import LlavaQwenSlowFastForCausalLM
     except ImportError as error:
-        raise MissingDependency(error.name or "torch", "torch", "The PyTorch model") from None
+        raise MissingDependency(error.name or "torch", "The PyTorch model", INSTALL) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return LlavaQwenSlowFastForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

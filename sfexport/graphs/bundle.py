@@ -141,7 +141,8 @@ def _check_graph(file: Path, checked_by_path: bool) -> None:
             _check_without_data(onnx.load(file, load_external_data=False))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SfexportError(
-            f"The graph {file.name} does not pass onnx's checker: {error}", "This is a bug in sfexport; please report it."
+            f"The graph {file.name} does not pass onnx's checker: {error}",
+            "This is a bug in sfexport; please report it.",
         ) from None
 
 

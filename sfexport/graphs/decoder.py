@@ -10,8 +10,9 @@ Inputs  inputs_embeds   [batch, sequence, H]
 Outputs logits          float32 [batch, V]             of the last position
         present.<i>.key / .value  [batch, kv heads, past + sequence, head_dim]
 
-A model without hybrid layers has no slow_* input. The output of layer i is the value named `hidden_states.<i+1>`
-([batch * sequence, H]), for tools that look inside.
+A model without hybrid layers has no slow_* input. For tools that look inside, some values have fixed names:
+`hidden_states.<i+1>` leaves layer i, `hybrid_self_attn.<i>` and `hybrid_attn_out.<i>` stand before and after the
+cross-attention of hybrid layer i (all [batch * sequence, width]).
 """
 
 from __future__ import annotations
@@ -172,8 +173,10 @@ def _write_attention(
     value = g.op("Concat", past_value, project("v_proj", text.num_kv_heads), axis=2)
     output = _write_self_attention(g, facts, shared, query, key, value)
     if i in shared.slow:
+        output.name = f"hybrid_self_attn.{i}"
         with g.scope("cross_attn"):
             output = g.op("Add", output, _write_cross_attention(g, facts, shared, query, output, i))
+        output.name = f"hybrid_attn_out.{i}"
     return g.linear(output, f"{p}o_proj", bias=False), [key, value]
 
 

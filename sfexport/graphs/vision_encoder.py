@@ -3,6 +3,8 @@
 Input   pixel_values        [frames, 3, S, S]
 Outputs slow_tokens         [frames, P, H]   k x k pooled: what a video uses
         projected_features  [frames, n, H]   unpooled: what a single image uses
+
+The tower's features are the value named `vision_features` ([frames * n, C]), for tools that look inside.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from sfexport.graphs.weights import Weights
 from sfexport.towers import ConvNextTower, Tower
 
 PIXELS, SLOW_TOKENS, PROJECTED = "pixel_values", "slow_tokens", "projected_features"
+FEATURES = "vision_features"
 
 
 def build_vision_encoder(
@@ -27,9 +30,10 @@ def build_vision_encoder(
     side, hidden = tower.grid(image_size), facts.text.hidden_size
     write_tower = write_convnext if isinstance(tower, ConvNextTower) else write_vit
     features = write_tower(g, tower, pixels)
+    features.name = FEATURES
     with g.scope("mm_projector"):
         projected = write_projector(g, facts.projector, features)
-    cells = side * side + (0 if isinstance(tower, ConvNextTower) or tower.drop_class_token or tower.kind != "clip" else 1)
+    cells = side * side
     grid = g.reshape(projected, -1, side, side, hidden)
     pooled, pooled_side = write_pooling(g, grid, facts.slow_fast.video_pooling_stride, side)
     slow = g.reshape(pooled, -1, pooled_side**2, hidden)

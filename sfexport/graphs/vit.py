@@ -22,7 +22,7 @@ def write_vit(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
     for i in range(tower.num_layers_used):
         with g.scope(f"layers.{i}"):
             x = _write_layer(g, tower, x, tokens, f"{p}encoder.layers.{i}.")
-    if tower.drop_class_token:
+    if tower.kind == "clip":
         x = g.op("Slice", g.reshape(x, -1, tokens, tower.width), g.ints(1), g.ints(tokens), g.ints(1))
         x = g.reshape(x, -1, tower.width)
     return x

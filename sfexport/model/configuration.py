@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any
 
 from transformers import Qwen2Config
 
 from sfexport.facts import MODEL_TYPE, ModelFacts
-from sfexport.towers import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
+from sfexport.towers import CONVNEXT_XXL, Tower, tower_from_sizes
 
 
 class LlavaQwenSlowFastConfig(Qwen2Config):
@@ -25,20 +24,16 @@ class LlavaQwenSlowFastConfig(Qwen2Config):
         kwargs["rope_scaling"] = None  # the reference forces it
         super().__post_init__(**kwargs)
 
-    @cached_property
+    @property
     def facts(self) -> ModelFacts:
         """The parsed fields; raises CheckpointError naming a field without meaning."""
-        return ModelFacts.from_config(self.to_dict() | {"model_type": MODEL_TYPE})
+        return ModelFacts.from_config(vars(self) | {"model_type": MODEL_TYPE})
 
     @property
     def tower(self) -> Tower:
         """The vision tower's sizes; ConvNeXt-XXL, the released one, where nothing says otherwise."""
         sizes = getattr(self, "vision_tower_sizes", None)
-        if not sizes:
-            return CONVNEXT_XXL
-        if sizes["kind"] != "convnext":
-            return VitTower(**sizes)
-        return ConvNextTower(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+        return tower_from_sizes(sizes) if sizes else CONVNEXT_XXL
 
     def set_tower(self, tower: Tower) -> None:
         """Record the tower's sizes as plain values, so that the configuration can be saved."""

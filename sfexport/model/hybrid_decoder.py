@@ -49,7 +49,9 @@ class HybridAttention(Qwen2Attention):
         width = config.num_attention_heads * self.head_dim
         self.cross_attn_kv_proj = nn.Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim)
         # A Sequential, because checkpoints call the linear layer 'cross_attn_gate_proj.0'.
-        self.cross_attn_gate_proj = nn.Sequential(nn.Linear(width, 1), nn.Tanh() if gate.dynamic_tanh else nn.Identity())
+        self.cross_attn_gate_proj = nn.Sequential(
+            nn.Linear(width, 1), nn.Tanh() if gate.dynamic_tanh else nn.Identity()
+        )
         if gate.warm_up:
             self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1))
 
@@ -77,7 +79,15 @@ class HybridAttention(Qwen2Attention):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, sliding_window=None, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=None,
+            **kwargs,
         )
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if slow is not None:

@@ -84,7 +84,7 @@ class Vit(nn.Module):
 
     def __init__(self, tower: VitTower) -> None:
         super().__init__()
-        self.drop_class_token = tower.drop_class_token
+        self.drop_class_token = tower.kind == "clip"
         self.vision_model = _clip(tower) if tower.kind == "clip" else _siglip(tower)
         # hidden_states[select_layer] needs no later layer and no final norm: the rest is not built.
         self.vision_model.post_layernorm = nn.Identity()

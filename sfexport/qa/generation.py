@@ -6,13 +6,14 @@ generation_config.json.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from sfexport.errors import InputError
+from sfexport.errors import InputError, SfexportError
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -47,6 +48,7 @@ class GenerationOptions:
             (self.top_k >= 0, f"top-k must be 0 (off) or more, not {self.top_k}."),
             (0 < self.top_p <= 1, f"top-p must lie in (0, 1], not {self.top_p}."),
             (self.repetition_penalty > 0, f"The repetition penalty must be positive, not {self.repetition_penalty}."),
+            (self.seed is None or self.seed >= 0, f"The seed must be 0 or more, not {self.seed}."),
         )
         for passed, message in checks:
             if not passed:
@@ -54,18 +56,28 @@ class GenerationOptions:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], fallback_stop: int | None = None) -> GenerationOptions:
-        """From generation_config.json's fields; `fallback_stop` ends answers where it names no end token."""
-        stop = config.get("eos_token_id", fallback_stop)
-        stop = [stop] if isinstance(stop, int) else stop or []
-        return cls(
-            max_new_tokens=config.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
-            sample=bool(config.get("do_sample")),
-            temperature=config.get("temperature") or 1.0,
-            top_k=config.get("top_k") or 0,
-            top_p=config.get("top_p") or 1.0,
-            repetition_penalty=config.get("repetition_penalty") or 1.0,
-            stop_ids=frozenset(stop),
-        )
+        """From generation_config.json's fields; `fallback_stop` ends answers where it names no end token.
+
+        Raises:
+            InputError: a field has no meaning.
+        """
+        stop = config.get("eos_token_id")
+        stop = fallback_stop if stop is None else stop
+        stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        try:
+            return cls(
+                max_new_tokens=config.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
+                sample=bool(config.get("do_sample")),
+                temperature=config.get("temperature") or 1.0,
+                top_k=config.get("top_k") or 0,
+                top_p=config.get("top_p") or 1.0,
+                repetition_penalty=config.get("repetition_penalty") or 1.0,
+                stop_ids=frozenset(operator.index(token) for token in stop),
+            )
+        except (TypeError, InputError) as error:
+            raise InputError(
+                f"generation_config.json has a field without meaning: {error}", "Correct it and export again."
+            ) from None
 
     def override(self, temperature: float | None = None, **values: Any) -> GenerationOptions:
         """With the values that are not None. A temperature decides: 0 is greedy, more samples."""
@@ -91,8 +103,14 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
 
     def next(self, logits: np.ndarray) -> int:
-        """One token id from float32 logits [V]."""
+        """One token id from float32 logits [V].
+
+        Raises:
+            SfexportError: a logit is not a number.
+        """
         options = self.options
+        if np.isnan(logits).any():
+            raise SfexportError("The model's logits are not numbers (NaN).", "Its weights may be damaged.")
         scores = penalise(logits.astype(np.float64), self.ids, options.repetition_penalty)
         if options.sample:
             probabilities = distribution(scores, options.temperature, options.top_k, options.top_p)

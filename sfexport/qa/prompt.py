@@ -14,7 +14,9 @@ SYSTEM = "You are a helpful assistant."
 START, END = "<|im_start|>", "<|im_end|>"
 
 
-def build_prompt(question: str, rounds: Sequence[tuple[str, str]] = (), video: bool = True, marked: bool = False) -> str:
+def build_prompt(
+    question: str, rounds: Sequence[tuple[str, str]] = (), video: bool = True, marked: bool = False
+) -> str:
     """The template's text for a question after earlier (question, answer) rounds.
 
     Args:
@@ -67,6 +69,11 @@ class ChatTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
+        """Raises InputError for a text that is not Unicode (bytes from a command line that are not UTF-8)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"The text {ascii(text)} is not valid UTF-8.", "Type it in a UTF-8 terminal.") from None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, question: str) -> PromptIds:
@@ -74,7 +81,9 @@ class ChatTokenizer:
         if not question.strip():
             raise InputError("The question is empty.", "Pass one with -q 'What happens in the video?'.")
         if VIDEO in question:
-            raise InputError(f"The question contains {VIDEO!r}, which stands for the video in the prompt.", "Reword it.")
+            raise InputError(
+                f"The question contains {VIDEO!r}, which stands for the video in the prompt.", "Reword it."
+            )
         before, after = build_prompt(question, marked=self._marked).split(VIDEO)
         return PromptIds(self.encode(before), self.encode(after))
 
@@ -85,7 +94,9 @@ class ChatTokenizer:
         """The id of a text that is exactly one token; InputError otherwise."""
         ids = self.encode(text)
         if len(ids) != 1:
-            raise InputError(f"The stop text {text!r} is {len(ids)} tokens; it must be exactly one.")
+            raise InputError(
+                f"The stop text {text!r} is {len(ids)} tokens; it must be exactly one.", "Choose another --stop."
+            )
         return ids[0]
 
     def end_of_turn(self) -> int | None:

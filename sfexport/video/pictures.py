@@ -1,4 +1,7 @@
-"""Still pictures, and turning decoded frames upright. Imports numpy, PIL and sfexport.errors only."""
+"""Still pictures, and turning decoded frames upright.
+
+Imports numpy, PIL, sfexport.errors and its neighbour files.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,25 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sfexport.errors import VideoError
+from sfexport.video.files import VideoInfo
 
 STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+class Still:
+    """A picture as a clip of one frame."""
+
+    def __init__(self, path: Path, picture: np.ndarray) -> None:
+        height, width = picture.shape[:2]
+        self.info = VideoInfo(path, 1, 1.0, width, height, 0.0, 0)
+        self.frames_decoded = 1
+        self._picture = picture
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._picture
+
+    def close(self) -> None:
+        pass
 
 
 def read_still(path: Path) -> np.ndarray | None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-
-# Fewer frames than this are decoded and dropped rather than jumped over: a jump empties the decoder's
-# pipeline, which holds about one frame per thread.
-WORTH_A_SEEK = 16
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,16 @@ class Timeline:
         return cls(np.arange(frames, dtype=np.int64), np.empty(0, np.int64), False)
 
     def starting_at(self, stamp: int) -> Timeline:
-        """Without the frames before `stamp`: the first that the decoder gives, so earlier ones never come out."""
-        return replace(self, stamps=self.stamps[self.stamps >= stamp])
+        """This timeline, given the first stamp that the decoder gives: earlier frames never come out.
+
+        A stamp that no packet announced shows that the times mean nothing; then frames are counted.
+        """
+        if not self.is_timed:
+            return self
+        at = int(np.searchsorted(self.stamps, stamp))
+        if at == len(self.stamps) or self.stamps[at] != stamp:
+            return self.counted(len(self.stamps))
+        return Timeline(self.stamps[at:], self.keys, True, self.last_duration)
 
     def key_before(self, stamp: int, steps_back: int = 0) -> int | None:
         """The last seek point not after `stamp`, or one `steps_back` earlier; None: start at the beginning."""
@@ -73,12 +77,12 @@ class Timeline:
         return int(self.keys[at]) if at > 0 else None
 
     def is_worth_a_seek(self, position: int, stamp: int) -> bool:
-        """Whether jumping to the seek point of `stamp` skips enough frames after `position`."""
+        """Whether jumping to the seek point of `stamp` skips any frame after `position`."""
         key = self.key_before(stamp)
         if key is None or key <= position:
             return False
-        first, last = np.searchsorted(self.stamps, (position, key), side="right")
-        return int(last - first) > WORTH_A_SEEK
+        after_position, at_key = np.searchsorted(self.stamps, position, "right"), np.searchsorted(self.stamps, key)
+        return bool(at_key > after_position)
 
     def span(self) -> int:
         """From the first frame's start to the last one's end, in the time base; 0 without times."""

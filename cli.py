@@ -1,0 +1,1 @@
+sfexport/cli.py

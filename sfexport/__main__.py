@@ -1,0 +1,5 @@
+"""`python -m sfexport`."""
+
+from sfexport.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""The command line: one function per verb; arguments in, one call, result out.
+
+Nothing heavy is imported before a verb runs: `sfexport --help` needs click alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sfexport import __version__, console
+from sfexport.errors import SfexportError
+
+DIRECTORY = click.Path(path_type=Path)
+MODES = click.Choice(["released", "trained"])
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+
+
+class _Commands(click.Group):
+    """Turns exceptions into one paragraph and an exit code; SFEXPORT_DEBUG=1 shows the traceback instead."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get("SFEXPORT_DEBUG") == "1":
+                raise
+            expected = isinstance(error, SfexportError)
+            message = error.paragraph() if expected else _unexpected(error)
+            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            ctx.exit(error.exit_code if expected else 1)
+
+
+def _unexpected(error: Exception) -> str:
+    return (
+        f"{type(error).__name__}: {error or 'no message'}. sfexport did not expect this; "
+        "run again with SFEXPORT_DEBUG=1 for the traceback and report it."
+    )
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="sfexport")
+def main() -> None:
+    """Slow-Fast Video MLLM checkpoints to engines that answer questions about videos offline.
+
+    \b
+    The whole way on a tiny model:  sfexport demo
+    The usual way:                  sfexport build CHECKPOINT -o ENGINES
+                                    sfexport ask ENGINES video.mp4 -q "What happens in the video?"
+    """
+
+
+def _with_examples(*examples: str) -> Callable[[click.Command], click.Command]:
+    """Show examples at the end of a command's help."""
+
+    def attach(command: click.Command) -> click.Command:
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+        return command
+
+    return attach
+
+
+@_with_examples("sfexport demo", "sfexport demo -o /tmp/demo")
+@main.command()
+@click.option(
+    "-o", "--output", type=DIRECTORY, default=Path("sfexport-demo"), show_default=True, help="Where to keep it all."
+)
+@click.pass_context
+def demo(ctx: click.Context, output: Path) -> None:
+    """Go the whole way once on a tiny model: checkpoint, export, build, ask, parity."""
+    from sfexport.demo.run import run_demo
+
+    if not run_demo(output):
+        ctx.exit(1)
+
+
+@_with_examples("sfexport export ./checkpoint", "sfexport export ./checkpoint -o ./bundle --frames 96")
+@main.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("-o", "--output", type=DIRECTORY, help="The bundle directory.  [default: ./<checkpoint name>-bundle]")
+@click.option(
+    "--frames", type=int, help="Frames sampled from a video by default.  [default: the checkpoint's, else 64]"
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "reference", "copy"]),
+    default="auto",
+    show_default=True,
+    help="Point into the checkpoint's shards (reference), take them along (copy), or copy up to 64 MB (auto).",
+)
+@json_option
+def export(checkpoint: Path, output: Path | None, frames: int | None, weights: str, as_json: bool) -> None:
+    """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small."""
+    from sfexport.checkpoint import Checkpoint
+    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.inspection import inspect
+
+    options = ExportOptions(frames=frames, weights=weights)
+    output = output or Path(f"{_name(checkpoint)}-bundle")
+    bundle = export(Checkpoint.open(checkpoint), output, options, console.step)
+    if as_json:
+        click.echo(json.dumps(inspect(bundle.path)))
+        return
+    how = bundle.content["options"]["weights"]
+    where = "copied into it" if how == "copy" else f"left in {bundle.weights_directory}"
+    console.say(f"bundle written to {output} (weights {where})", err=False)
+    console.say(f"next: sfexport build {output}", err=False)
+
+
+@_with_examples(
+    "sfexport build ./bundle -o ./engines", "sfexport build ./checkpoint", "sfexport build ./bundle --backend torch"
+)
+@main.command()
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", type=DIRECTORY)
+@click.option(
+    "-o", "--output", type=DIRECTORY, help="The engine directory.  [default: ./<name>-engines/<target>-<runtime>]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the graphs; torch is the PyTorch model itself, for comparison.",
+)
+@json_option
+def build(source: Path, output: Path | None, backend: str, as_json: bool) -> None:
+    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first)."""
+    from sfexport.engines.build import build, choose_backend, engine_name
+    from sfexport.inspection import inspect
+
+    backend = choose_backend(backend)
+    beside = Path(f"{_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
+    output = output or Path(f"{_name(source)}-engines") / engine_name(backend)
+    engines = build(_bundle_for(source, beside, output), output, backend, console.step)
+    if as_json:
+        click.echo(json.dumps(inspect(engines.path)))
+        return
+    console.say(f"engines written to {output}", err=False)
+    console.say(f"next: sfexport ask {output} VIDEO -q 'What happens in the video?'", err=False)
+
+
+def _bundle_for(source: Path, beside: Path, output: Path) -> Any:
+    """The bundle itself, or a checkpoint's, exported to `beside`."""
+    from sfexport.atomic import check_output
+    from sfexport.checkpoint import Checkpoint
+    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle
+
+    if (source / BUNDLE_FILE).is_file():
+        return Bundle.open(source)
+    checkpoint = Checkpoint.open(source)
+    check_output(output, ENGINE_FILE)
+    return export(checkpoint, beside, ExportOptions(), console.step)
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name
+
+
+@_with_examples(
+    "sfexport ask ./engines clip.mp4 -q 'What happens in the video?'",
+    "sfexport ask ./engines clip.mp4 -q 'Who is it?' -q 'Where?' --mode trained --json",
+    "sfexport ask ./engines clip.mp4 -q 'Describe it.' --temperature 0.7 --top-p 0.9 --seed 1",
+)
+@main.command()
+@click.argument("engines", type=DIRECTORY)
+@click.argument("video", type=DIRECTORY)
+@click.option("-q", "--question", "questions", multiple=True, required=True, help="A question; may be repeated.")
+@click.option(
+    "--mode", type=MODES, help="Whether answer tokens see the slow tokens (trained) or not.  [default: the model's]"
+)
+@click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
+@click.option(
+    "--sampling",
+    type=click.Choice(["linspace", "eval"]),
+    default="linspace",
+    show_default=True,
+    help="Frame sampling rule.",
+)
+@click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--top-k", type=int, help="Sample among the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens with this mass only.")
+@click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="A further token that ends the answer; may be repeated.")
+@json_option
+def ask(
+    engines: Path,
+    video: Path,
+    questions: tuple[str, ...],
+    mode: str | None,
+    frames: int | None,
+    sampling: str,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **generation: Any,
+) -> None:
+    """Answer questions about a VIDEO (or a picture) with ENGINES. The video is encoded once for all questions."""
+    from sfexport.qa.pipeline import Pipeline
+
+    pipeline = Pipeline.load(engines)
+    options = pipeline.generation_options().override(**generation)
+    stops = {pipeline.tokenizer.token_id(text) for text in stop}
+    options = options.override(stop_ids=options.stop_ids | stops)
+    with console.frames_progress("encoding") as on_frames:
+        session = pipeline.encode(video, frames, sampling, questions, on_frames)
+    answers = []
+    for question in questions:
+        if not as_json:
+            click.echo(f"Q: {question}\nA: ", nl=False)
+        answers.append(session.ask(question, options, mode, None if as_json else _stream))
+        if not as_json:
+            click.echo()
+    if as_json:
+        head = {"video": str(video), "engines": str(engines), "backend": pipeline.backend.name}
+        head |= {"mode": mode or pipeline.bundle.facts.slow_fast.decode_mode, "frames": session.frames}
+        head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
+        click.echo(json.dumps(head | {"questions": [asdict(answer) for answer in answers]}))
+
+
+def _stream(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+@_with_examples("sfexport inspect ./checkpoint", "sfexport inspect ./engines --json")
+@main.command()
+@click.argument("path", type=DIRECTORY)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is in a checkpoint, bundle or engine directory: facts, inputs and outputs, sizes, versions."""
+    from sfexport.inspection import graph_rows, inspect, rows
+
+    document = inspect(path)
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    console.table(document["kind"], ("", ""), rows(document))
+    if lines := graph_rows(document):
+        console.table("graphs", ("graph", "", "name", "dtype", "shape"), lines)
+
+
+@_with_examples("sfexport parity ./engines", "sfexport parity ./engines clip.mp4 --frames 16 --json")
+@main.command()
+@click.argument("engines", type=DIRECTORY)
+@click.argument("video", type=DIRECTORY, required=False)
+@click.option(
+    "-q", "--question", default="What happens in the video?", show_default=True, help="The question to answer."
+)
+@click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int, default=16, show_default=True, help="Tokens per answer.")
+@click.option("--atol", type=float, default=1e-4, show_default=True, help="Absolute tolerance.")
+@click.option(
+    "--rtol", type=float, default=1e-4, show_default=True, help="Tolerance relative to the largest PyTorch value."
+)
+@json_option
+@click.pass_context
+def parity(
+    ctx: click.Context,
+    engines: Path,
+    video: Path | None,
+    question: str,
+    frames: int | None,
+    max_new_tokens: int,
+    atol: float,
+    rtol: float,
+    as_json: bool,
+) -> None:
+    """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
+
+    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not.
+    """
+    from sfexport.parity.compare import Tolerance
+    from sfexport.parity.report import show
+    from sfexport.parity.run import run_parity
+    from sfexport.qa.pipeline import Pipeline
+
+    report = run_parity(
+        Pipeline.load(engines), video, question, frames, max_new_tokens, Tolerance(atol, rtol), console.step
+    )
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        show(report)
+    if not report.passed:
+        ctx.exit(1)

@@ -1,0 +1,132 @@
+"""`sfexport demo`: the whole way once, keeping everything it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfexport import console
+from sfexport.checkpoint import Checkpoint
+from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.demo.clip import write_clip
+from sfexport.engines.build import build, engine_name
+from sfexport.errors import InputError, MissingDependency
+from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.parity.compare import Tolerance
+from sfexport.qa.pipeline import Pipeline
+
+QUESTIONS = ("Which shapes are in the video?", "What colour is the circle?")
+PARTS = {"checkpoint", "bundle", "engines", "clip.mp4"}
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where the demo keeps what it makes."""
+
+    root: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def engines(self) -> Path:
+        return self.root / "engines"
+
+    @property
+    def clip(self) -> Path:
+        return self.root / "clip.mp4"
+
+
+def run_demo(root: Path) -> bool:
+    """Checkpoint, clip, bundle, engines, two answers, parity. True unless parity failed.
+
+    Raises:
+        InputError: `root` holds something that is not an earlier demo.
+    """
+    paths = DemoPaths(root)
+    _check_root(root)
+    console.say(f"sfexport demo: everything goes to {root}")
+    _make_inputs(paths)
+    bundle = export(Checkpoint.open(paths.checkpoint), paths.bundle, ExportOptions(), console.step)
+    build(bundle, paths.engines / engine_name("onnxruntime"), "onnxruntime", console.step)
+    _ask(paths)
+    passed = _prove(paths)
+    _say_what_next(paths)
+    return passed
+
+
+def _check_root(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} exists and is not a directory.", "Choose another with -o.")
+    others = {p.name for p in root.iterdir()} - PARTS if root.is_dir() else set()
+    if others:
+        raise InputError(
+            f"{root} already holds something that is not a demo ({sorted(others)[0]}).", "Choose another with -o."
+        )
+
+
+def _make_inputs(paths: DemoPaths) -> None:
+    """A checkpoint and a clip, unless an earlier run left them."""
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{paths.root} cannot be written: {error.strerror}.", "Choose another with -o.") from None
+    if not paths.checkpoint.exists():
+        console.step("making a tiny checkpoint with random weights (its answers are noise)")
+        write_random_checkpoint(paths.checkpoint)
+    if not paths.clip.exists():
+        console.step("making a clip of moving shapes")
+        write_clip(paths.clip)
+
+
+def _ask(paths: DemoPaths) -> None:
+    pipeline = Pipeline.load(paths.engines)
+    with console.frames_progress("encoding") as on_frames:
+        session = pipeline.encode(paths.clip, questions=QUESTIONS, on_frames=on_frames)
+    options = pipeline.generation_options().override(max_new_tokens=12)
+    console.say(err=False)
+    for question in QUESTIONS:
+        answer = session.ask(question, options)
+        console.say(f"Q: {question}\nA: {printable(answer.answer)}", err=False)
+        seconds = sum(answer.seconds.values())
+        console.say(
+            f"   {answer.frames_encoded} frames encoded, {answer.prefill_tokens} tokens prefilled, "
+            f"{answer.new_tokens} generated, {seconds:.2f} s",
+            err=False,
+        )
+    console.say("The weights are random, so the answers are noise; parity below is what this proves.\n", err=False)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which noise contains and a terminal would obey."""
+    return "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _prove(paths: DemoPaths) -> bool:
+    from sfexport.parity.report import show
+    from sfexport.parity.run import run_parity
+
+    try:
+        report = run_parity(Pipeline.load(paths.engines), paths.clip, QUESTIONS[0], tolerance=Tolerance())
+    except MissingDependency as error:
+        console.say(f"Parity skipped: {error.paragraph()}", err=False)
+        return True
+    show(report)
+    return report.passed
+
+
+def _say_what_next(paths: DemoPaths) -> None:
+    root = paths.root
+    console.say("\nTry next:", err=False)
+    for line in (
+        f"sfexport ask {root}/engines YOUR_VIDEO.mp4 -q 'What happens in the video?'",
+        f"sfexport inspect {root}/bundle",
+        f"sfexport parity {root}/engines YOUR_VIDEO.mp4",
+        f"sfexport export {root}/checkpoint -o my-bundle && sfexport build my-bundle -o my-engines",
+    ):
+        console.say(f"  {line}", err=False)

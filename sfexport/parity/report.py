@@ -1,0 +1,25 @@
+"""Showing a parity report to a person, one line per comparison."""
+
+from __future__ import annotations
+
+from sfexport import console
+from sfexport.parity.run import ParityReport
+
+
+def show(report: ParityReport) -> None:
+    """A table of comparisons, the answers, and the verdict."""
+    rows = [
+        (_mark(c.passed), c.graph, c.name, c.shape, f"{c.max_abs:.1e}", f"{c.max_rel:.1e}", f"{c.cosine:.7f}")
+        for c in report.comparisons
+    ]
+    header = ("", "graph", "output", "shape", "max abs", "max rel", "cosine")
+    console.table(f"{report.backend} against PyTorch, {report.frames} frames", header, rows)
+    for pair in report.answers:
+        verdict = "same" if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
+        console.say(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}", err=False)
+    console.say(f"  tolerance: {report.tolerance}", err=False)
+    console.say(f"parity {'passed' if report.passed else 'FAILED'}", err=False)
+
+
+def _mark(passed: bool) -> str:
+    return "ok" if passed else "FAIL"
