@@ -70,12 +70,9 @@ def export_with_torch(out: str) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     Path(out).mkdir()
     ids = torch.ones(1, 8, dtype=torch.long)
-    shapes = {"input_ids": {0: "batch", 1: "sequence"}}
+    shapes = ({0: "batch", 1: "sequence"},)
     with torch.no_grad():
-        torch.onnx.export(
-            _LogitsOnly(model), (ids,), f"{out}/model.onnx", input_names=["input_ids"], dynamic_shapes=(shapes["input_ids"],),
-            dynamo=True, external_data=True, verbose=False,
-        )  # fmt: skip
+        torch.onnx.export(_LogitsOnly(model), (ids,), f"{out}/model.onnx", dynamo=True, dynamic_shapes=shapes)
     return own_process() | {"written_mb": written_mb(Path(out)), "weights_mb": round(weights / 1e6, 1)}
 
 

@@ -130,8 +130,9 @@ def export(checkpoint: Path, output: Path | None, frames: int | None, weights: s
     show_default=True,
     help="What runs the graphs; torch is the PyTorch model itself, for comparison.",
 )
+@click.option("--force", is_flag=True, help="Build even if the weights do not seem to fit into memory.")
 @json_option
-def build(source: Path, output: Path | None, backend: str, as_json: bool) -> None:
+def build(source: Path, output: Path | None, backend: str, force: bool, as_json: bool) -> None:
     """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first)."""
     from sfexport.engines.build import build, choose_backend, engine_name
     from sfexport.inspection import inspect
@@ -139,7 +140,7 @@ def build(source: Path, output: Path | None, backend: str, as_json: bool) -> Non
     backend = choose_backend(backend)
     beside = Path(f"{_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
     output = output or Path(f"{_name(source)}-engines") / engine_name(backend)
-    engines = build(_bundle_for(source, beside, output), output, backend, console.step)
+    engines = build(_bundle_for(source, beside, output), output, backend, console.step, force)
     if as_json:
         click.echo(json.dumps(inspect(engines.path)))
         return

@@ -37,7 +37,8 @@ def inspect(path: Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
         return _checkpoint(Checkpoint.open(path))
     raise InputError(
-        f"{path} is neither a checkpoint (config.json), a bundle ({BUNDLE_FILE}) nor an engine directory ({ENGINE_FILE})."
+        f"{path} is neither a checkpoint (config.json), a bundle ({BUNDLE_FILE}) nor an engine directory "
+        f"({ENGINE_FILE})."
     )
 
 
@@ -138,7 +139,7 @@ def _model_rows(model: dict[str, Any], image: dict[str, Any]) -> list[tuple[str,
         ("hybrid layers", f"{list(slow['hybrid_layers'])}, queried by: {slow['attends']}"),
         (
             "fast path",
-            f"every {fast['sampling_stride']}. frame, mean of {fast['temporal_stride']}, cells {fast['spatial_stride']} x "
+            f"sampling stride {fast['sampling_stride']}, temporal stride {fast['temporal_stride']}, spatial stride "
             f"{fast['spatial_stride']}, at least {fast['min_frames']} frames",
         ),
         ("decode mode", slow["decode_mode"]),

@@ -16,8 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sfexport import __version__
 from sfexport.checkpoint import Shard, Tensor, read_json
 from sfexport.errors import BundleError, InputError
@@ -298,18 +296,3 @@ def resolve_engines(path: Path) -> Path:
         names = ", ".join(p.name for p in found)
         raise BundleError(f"{path} holds several engine directories ({names}).", "Name one of them.")
     return found[0] if found else path
-
-
-def embedding_rows(tensor: Tensor, ids: list[int]) -> np.ndarray:
-    """Embeddings of token ids, float32 [n, H].
-
-    Raises:
-        InputError: for an id outside the table.
-    """
-    index = np.asarray(ids, dtype=np.int64)
-    if len(index) and (index.min() < 0 or index.max() >= tensor.shape[0]):
-        raise InputError(
-            f"Token id {int(index.max())} is outside the model's vocabulary of {tensor.shape[0]}.",
-            "The tokenizer.json belongs to another model.",
-        )
-    return tensor.rows(index)

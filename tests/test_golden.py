@@ -17,12 +17,13 @@ import pytest
 from golden_data import ROOT, Golden, directories, goldens
 
 from sfexport.checkpoint import Checkpoint
+from sfexport.engines.embedding import EmbeddingTable
 from sfexport.facts import FastPathFacts
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.graphs.compressor import slow_names
 from sfexport.graphs.decoder import hidden_name, past_names, present_names
 from sfexport.graphs.fast_path import cell_weights, frame_weights, source_frames
-from sfexport.manifest import Bundle, embedding_rows
+from sfexport.manifest import Bundle
 
 ATOL = 1e-4
 STEPS = 8
@@ -187,6 +188,7 @@ class Graphs:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.facts = bundle, bundle.facts
+        self.embed = EmbeddingTable(bundle.embedding())
         layers = self.facts.text.num_layers
         inner = [hidden_name(i) for i in range(layers)]
         for i in self.facts.slow_fast.hybrid_layers:
@@ -273,14 +275,14 @@ class Batch:
         return encoded | {"slow": slow} | self.graphs.compress(slow)
 
     def _merge(self, b: int) -> np.ndarray:
-        ids, table = self.golden.ids(b), self.graphs.bundle.embedding()
+        ids, embed = self.golden.ids(b), self.graphs.embed
         at = np.flatnonzero(ids == VIDEO)
         if len(at):
             before, after = ids[: at[0]], ids[at[0] + 1 :]
             fast = self.compressed[b]["fast_tokens"]
-            merged = np.concatenate([embedding_rows(table, before), fast, embedding_rows(table, after)])
+            merged = np.concatenate([embed(before), fast, embed(after)])
         else:
-            merged = embedding_rows(table, ids)
+            merged = embed(ids)
         return merged[: self.facts.text.max_length]
 
     def _slow(self) -> dict[str, np.ndarray]:
@@ -386,12 +388,11 @@ def test_onnx_decode(golden: Golden, mode: str, load_graphs: Callable) -> None:
     batch = Batch(golden, graphs)
     out, past = graphs.decode(batch.feeds(graphs.empty_past(golden.rows), slice(None), valid))
     ids, logits, mask = [out["logits"].argmax(-1)], [], valid
-    table = graphs.bundle.embedding()
     for step in range(STEPS):
         token = want["greedy_ids"][:, step] if mode == "teacher" else ids[-1]
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
         feeds = {
-            "inputs_embeds": embedding_rows(table, token.tolist())[:, None],
+            "inputs_embeds": graphs.embed(token)[:, None],
             "position_ids": mask.sum(1, keepdims=True) - 1,
             "attention_mask": mask,
             **past,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -55,18 +56,25 @@ def engine_name(backend: str) -> str:
     return f"cpu-{backend}-{runtime_version(backend)}"
 
 
-def build(bundle: Bundle, out: Path, backend: str = "auto", report: Report = lambda line: None) -> Engines:
+def build(
+    bundle: Bundle, out: Path, backend: str = "auto", report: Report = lambda line: None, force: bool = False
+) -> Engines:
     """Write an engine directory; it appears whole or not at all.
 
     For ONNX Runtime an engine is the graph itself: building loads each once, so that a graph or weights that
     this runtime refuses are found now.
 
+    Args:
+        force: build even if the memory estimate says that it will not fit.
+
     Raises:
-        SfexportError: the runtime refuses a graph.
+        SfexportError: the runtime refuses a graph, or the weights do not fit into memory.
         InputError: the output cannot be written or holds something else.
     """
     backend = choose_backend(backend)
     version = runtime_version(backend)
+    if not force:
+        check_memory(bundle)
     with new_directory(out, ENGINE_FILE) as directory:
         names: list[str] = []
         if backend == "onnxruntime":
@@ -81,6 +89,29 @@ def build(bundle: Bundle, out: Path, backend: str = "auto", report: Report = lam
         }
         write_manifest(directory / ENGINE_FILE, content)
     return Engines.open(out)
+
+
+def check_memory(bundle: Bundle) -> None:
+    """Refuse what the machine's memory cannot hold, before a long load ends in a kill.
+
+    Both backends compute in float32 and hold the weights so, whatever type they are stored in.
+
+    Raises:
+        SfexportError: naming both sizes.
+    """
+    needed, available = 4 * bundle.content["weights"]["parameters"], _physical_memory()
+    if available is not None and needed > available:
+        raise SfexportError(
+            f"The weights take {needed / 1e9:.1f} GB in float32; this machine has {available / 1e9:.1f} GB of memory.",
+            "Use a machine with more, or --force if you know better (swap, for instance).",
+        )
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return None
 
 
 def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> list[str]:

@@ -5,6 +5,7 @@ Weights stay where they are unless the bundle cannot point at them (see `WEIGHTS
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -179,12 +180,21 @@ def _write_manifest(
         "weights": {
             "directory": place(weights, out),
             "shards": [describe_shard(shard) for shard in source.shards],
+            "parameters": _parameters(source),
             "embedding": describe_embedding(source.tensors["model.embed_tokens.weight"]),
         },
         "files": describe_files(directory, names),
         "tools": {"python": platform.python_version(), "onnx": onnx.__version__, "onnx-ir": ir.__version__},
     }
     write_manifest(directory / BUNDLE_FILE, content)
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Parameters in the graphs: all but the embedding table, unless it is the head too."""
+    names = set(checkpoint.expected_tensors())
+    if not checkpoint.facts.text.tie_word_embeddings:
+        names.discard("model.embed_tokens.weight")
+    return sum(math.prod(checkpoint.tensors[name].shape) for name in names)
 
 
 def describe_graph(file: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
 from sfexport.facts import DECODE_MODES
-from sfexport.manifest import embedding_rows
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import CHUNK, Pipeline
 from sfexport.qa.session import Stopwatch, VideoSession
@@ -153,8 +152,8 @@ def _compare_decoder(
 
 def _prompt(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
     """Merged embeddings [L, H] and attending positions [L]."""
-    ids, table = pipeline.tokenizer.prompt(question), pipeline.bundle.embedding()
-    embeds = np.concatenate([embedding_rows(table, ids.before), fast, embedding_rows(table, ids.after)])
+    ids, embed = pipeline.tokenizer.prompt(question), pipeline.embedding
+    embeds = np.concatenate([embed(ids.before), fast, embed(ids.after)])
     mode = pipeline.bundle.facts.slow_fast.attends
     before, visual, after = len(ids.before), len(fast), len(ids.after)
     return embeds, np.repeat([mode != "text-after-video", mode == "all", True], [before, visual, after])
@@ -180,13 +179,13 @@ def _compare_steps(
     mode: str,
     tolerance: Tolerance,
 ) -> Comparison:
-    table, vocabulary = pipeline.bundle.embedding(), pipeline.tokenizer.vocabulary_size
+    vocabulary = pipeline.tokenizer.vocabulary_size
     state = list(prefill)
     logits: list[list[np.ndarray]] = [[], []]
     trained = mode == "trained"
     for _ in range(steps):
         token = int(state[1][0][:vocabulary].argmax())
-        embeds = embedding_rows(table, [token])[None]
+        embeds = pipeline.embedding([token])[None]
         for side, backend in enumerate(sides):
             past = state[side][1]
             slow = slow_of[backend.name] if trained else None
@@ -196,7 +195,7 @@ def _compare_steps(
 
 
 def _session(pipeline: Pipeline, backend: Backend, slow: np.ndarray) -> VideoSession:
-    return VideoSession(backend, pipeline.tokenizer, pipeline.bundle.embedding(), slow, Stopwatch())
+    return VideoSession(backend, pipeline.tokenizer, pipeline.embedding, slow, Stopwatch())
 
 
 def _answers(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sfexport.engines.build import check_runtime, open_backend
+from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend
 from sfexport.errors import InputError
 from sfexport.graphs.fast_path import fast_token_count
@@ -30,6 +31,7 @@ class Pipeline:
 
     def __init__(self, engines: Engines, tokenizer: ChatTokenizer) -> None:
         self.engines, self.bundle, self.tokenizer = engines, engines.bundle, tokenizer
+        self.embedding = EmbeddingTable(engines.bundle.embedding())
 
     @classmethod
     def load(cls, engines: str | Path) -> Pipeline:
@@ -85,7 +87,7 @@ class Pipeline:
                 on_frames(sum(map(len, encoded)), len(unique))
         # A clip shorter than the sample repeats frames: each is encoded once.
         slow_tokens = np.concatenate(encoded)[rows]
-        session = VideoSession(self.backend, self.tokenizer, self.bundle.embedding(), slow_tokens, watch)
+        session = VideoSession(self.backend, self.tokenizer, self.embedding, slow_tokens, watch)
         session.charge_frames(len(unique))
         return session
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sfexport.checkpoint import Tensor
+from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
-from sfexport.manifest import embedding_rows
 from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
 
@@ -91,7 +90,12 @@ class VideoSession:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: ChatTokenizer, embedding: Tensor, slow_tokens: np.ndarray, watch: Stopwatch
+        self,
+        backend: Backend,
+        tokenizer: ChatTokenizer,
+        embedding: EmbeddingTable,
+        slow_tokens: np.ndarray,
+        watch: Stopwatch,
     ) -> None:
         """Args: `slow_tokens` float32 [T, P, H], one entry per sampled frame."""
         self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
@@ -111,7 +115,7 @@ class VideoSession:
     def _prefill_prefix(self, fast: np.ndarray) -> KeyValues:
         """K/V of the text before the video and of the fast tokens: the same for every question."""
         before = self._tokenizer.prompt("?").before
-        text = embedding_rows(self._embedding, before)
+        text = self._embedding(before)
         _, past = self._step(text, None, attends=self._attends != "text-after-video")
         # Visual positions do not attend in most models: the slow tokens are left out of that call altogether.
         _, past = self._step(fast, past, attends=self._attends == "all")
@@ -145,7 +149,7 @@ class VideoSession:
         ids = check_question(question, self._tokenizer, self.fast_tokens, self._backend.facts.text.max_length)
         watch = Stopwatch()
         with watch.stage("prefill"):
-            logits, past = self._step(embedding_rows(self._embedding, ids), self._prefix, attends=True)
+            logits, past = self._step(self._embedding(ids), self._prefix, attends=True)
         with watch.stage("decode"):
             new = self._generate(logits, past, options, mode == "trained", on_text or (lambda text: None))
         return self._answer(question, ids, new, options, watch)
@@ -177,7 +181,7 @@ class VideoSession:
             stream.add(token)
             if len(sampler.ids) >= options.max_new_tokens:
                 break
-            logits, past = self._step(embedding_rows(self._embedding, [token]), past, attends)
+            logits, past = self._step(self._embedding([token]), past, attends)
         stream.close()
         return sampler.ids
 

@@ -282,7 +282,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _unknown_codec(path: Path) -> VideoError:
-    return VideoError(f"'{path}' is in a video codec that this PyAV cannot decode.", CONVERT_HINT)
+    return VideoError(f"The video codec of '{path}' is unknown to PyAV, or the file is incomplete.", CONVERT_HINT)
 
 
 def _open_container(path: Path) -> av.container.InputContainer:
@@ -307,14 +307,24 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets with something in them, as far as the file can be read."""
+    """The stream's packets with something in them, as far as the file can be read.
+
+    A last one that is flagged corrupt is where the file was cut off, and left out. Elsewhere the flag means a
+    loss in transmission, which decoders cover up better than a missing frame.
+    """
+    held = None
     try:
-        yield from (packet for packet in container.demux(stream) if packet.size)
+        for packet in container.demux(stream):
+            if packet.size:
+                if held is not None:
+                    yield held
+                held = packet
     # IndexError: PyAV at the very end of files in which FFmpeg found another stream on the way.
     except (av.error.InvalidDataError, av.error.EOFError, IndexError):
-        return
+        pass
+    if held is not None and not held.is_corrupt:
+        yield held
 
 
 def _facts(packet: av.Packet) -> PacketFacts:
-    is_shown = not (packet.is_discard or packet.is_corrupt)
-    return PacketFacts(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, is_shown)
+    return PacketFacts(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
