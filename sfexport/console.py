@@ -60,7 +60,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(*header, title=title, title_justify="left")
+    # No frame: it would cost the width that keeps names whole in 80 columns.
+    view = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for name in header:
+        view.add_column(name, overflow="fold")
     for row in cells:
         view.add_row(*(_escape(c) for c in row))
     Console().print(view)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from sfexport import console
+from sfexport.parity.compare import Comparison
 from sfexport.parity.run import ParityReport
 
 
 def show(report: ParityReport) -> None:
     """A table of comparisons, the answers, and the verdict."""
     rows = [
-        (_mark(c.passed), c.graph, c.name, c.shape, f"{c.max_abs:.1e}", f"{c.max_rel:.1e}", f"{c.cosine:.7f}")
+        (_mark(c.passed), c.graph, c.name, _shape(c), f"{c.max_abs:.1e}", f"{c.max_rel:.1e}", f"{c.cosine:.7f}")
         for c in report.comparisons
     ]
     header = ("", "graph", "output", "shape", "max abs", "max rel", "cosine")
@@ -23,3 +24,7 @@ def show(report: ParityReport) -> None:
 
 def _mark(passed: bool) -> str:
     return "ok" if passed else "FAIL"
+
+
+def _shape(comparison: Comparison) -> str:
+    return "x".join(map(str, comparison.shape))

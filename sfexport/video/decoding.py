@@ -167,7 +167,12 @@ class _Clip:
 
     def _advance_to(self, wanted: int) -> None:
         while self._high < wanted:
-            stamp, frame = next(self._output, (None, None))
+            try:
+                stamp, frame = next(self._output, (None, None))
+            except BaseException:
+                # The latest frame must not answer for those behind the damage.
+                self._low = np.inf
+                raise
             if frame is not None:
                 self._take(stamp, frame)
                 continue
