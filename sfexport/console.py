@@ -61,7 +61,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     from rich.table import Table
 
     # No frame: it would cost the width that keeps names whole in 80 columns.
-    view = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    view = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), show_header=any(header)
+    )
     for name in header:
         view.add_column(name, overflow="fold")
     for row in cells:
@@ -72,7 +74,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     say(title, err=False)
-    for row in [header, *rows]:
+    for row in [header, *rows] if any(header) else rows:
         say("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip(), err=False)
 
 

@@ -118,7 +118,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("never used", f"{len(document['unused_tensors'])} tensors")]
         lines += [("shards", _sizes(document["shards"])), ("side files", ", ".join(document["side_files"]))]
     else:
-        lines += [(key, str(value)) for key, value in bundle["options"].items()]
+        lines += [(key, str(bundle["options"][key])) for key in ("precision", "frames")]
         lines += [("weights", f"{_sizes(bundle['weights']['shards'])} in {bundle['weights']['directory']}")]
         lines += [("written by", f"sfexport {document['sfexport']}")]
         lines += [("tools", ", ".join(f"{k} {v}" for k, v in bundle["tools"].items()))]

@@ -8,9 +8,11 @@ models of that width or from `mm_vision_num_attention_heads`.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from sfexport.errors import CheckpointError
@@ -169,13 +171,29 @@ def read_tower(config: Mapping[str, Any], shapes: Shapes) -> Tower:
     return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, config, shapes)
 
 
-def tower_from_sizes(sizes: Mapping[str, Any]) -> Tower:
-    """The opposite of dataclasses.asdict, also after a way through JSON."""
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+def tower_from_sizes(sizes: Any) -> Tower:
+    """The opposite of dataclasses.asdict, also after a way through JSON.
+
+    Raises:
+        CheckpointError: these are not a tower's sizes.
+    """
     try:
-        return ConvNextTower(**sizes) if sizes.get("kind") == "convnext" else VitTower(**sizes)
-    except TypeError as error:
-        raise CheckpointError(f"config.json: vision_tower_sizes has no meaning here ({error}).") from None
+        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+        kind = ConvNextTower if sizes.get("kind") == "convnext" else VitTower
+        tower = kind(**sizes)
+        # Every field but these is a size, or one size per stage.
+        names = sizes.keys() - {"kind", "layer_norm_eps", "select_layer", "activation"}
+        for size in chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in (sizes[n] for n in names)):
+            if operator.index(size) < 1:
+                raise ValueError(f"a size of {size}")
+        if isinstance(tower, ConvNextTower) and not 0 < len(tower.depths) == len(tower.widths):
+            raise ValueError("depths and widths differ in number")
+        operator.index(getattr(tower, "select_layer", 0))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json: vision_tower_sizes has no meaning here ({error}).", "Remove it from config.json."
+        ) from None
+    return tower
 
 
 def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:

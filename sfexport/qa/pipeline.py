@@ -104,6 +104,8 @@ class Pipeline:
         if count < 1:
             raise InputError(f"--frames must be at least 1, not {count}.")
         info = video.info
+        # A picture is asked about as one image, as the model was trained; a clip of one frame repeats it.
+        count = 1 if info.is_picture else count
         indices = sample_indices(sampling, info.frame_count, info.fps, count)
         unique, rows = np.unique(indices, return_inverse=True)
         return unique.tolist(), rows

@@ -21,6 +21,7 @@ class VideoInfo:
         width, height: pixels of a frame as displayed, that is after `rotation`.
         duration_seconds: from the first frame's start to the last one's end; 0.0 for a picture.
         rotation: clockwise degrees by which frames are turned to stand upright: 0, 90, 180 or 270.
+        is_picture: a still picture, not a clip that happens to have one frame.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class VideoInfo:
     height: int
     duration_seconds: float
     rotation: int
+    is_picture: bool = False
 
 
 def check_file(path: Path) -> None:

@@ -24,7 +24,7 @@ class Still:
 
     def __init__(self, path: Path, picture: np.ndarray) -> None:
         height, width = picture.shape[:2]
-        self.info = VideoInfo(path, 1, 1.0, width, height, 0.0, 0)
+        self.info = VideoInfo(path, 1, 1.0, width, height, 0.0, 0, is_picture=True)
         self.frames_decoded = 1
         self._picture = picture
 

@@ -54,7 +54,7 @@ def test_eval_properties(total: int, fps: float, count: int) -> None:
     indices = eval_indices(total, fps, count)
     assert 1 <= len(indices) <= count
     assert all(a < b for a, b in zip(indices, indices[1:], strict=False))
-    assert 0 <= indices[0] and indices[-1] < total
+    assert indices[0] >= 0 and indices[-1] < total
     assert all(type(i) is int for i in indices)
 
 

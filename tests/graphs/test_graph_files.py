@@ -1,0 +1,219 @@
+"""The exported files themselves: what other tools see when they open them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from sfexport.checkpoint import Checkpoint
+from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.graphs.decoder import past_names
+from sfexport.graphs.fast_path import cell_weights, fast_token_count, frame_weights
+from sfexport.manifest import GRAPHS, Bundle
+
+HYBRID = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tree) -> Bundle:
+    return Bundle.open(tree.bundle)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_pass_the_full_check_by_path(name: str, bundle: Bundle) -> None:
+    onnx.checker.check_model(str(bundle.graph_file(name)), full_check=True)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_open_in_onnxruntime_by_path(name: str, bundle: Bundle) -> None:
+    session = onnxruntime.InferenceSession(str(bundle.graph_file(name)), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_use_opset_18_and_plain_operators(name: str, bundle: Bundle) -> None:
+    model = onnx.load(bundle.graph_file(name), load_external_data=False)
+    assert {o.domain: o.version for o in model.opset_import}[""] == 18
+    foreign = [n.op_type for n in model.graph.node if n.domain not in ("", "ai.onnx")]
+    assert foreign == (["CrossAttention"] * len(HYBRID) if name == "decoder" else [])
+
+
+def test_cross_attention_is_one_node_with_a_body_and_plugin_attributes(bundle: Bundle) -> None:
+    model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
+    nodes = [n for n in model.graph.node if n.op_type == "CrossAttention"]
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert node.domain == "sfexport"
+        assert attributes == {"plugin_namespace": b"sfexport", "plugin_version": b"1"}
+    (function,) = model.functions
+    assert (function.domain, function.name) == ("sfexport", "CrossAttention")
+    assert list(function.input) == ["query", "key", "value", "attends", "lengths"]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_weights_are_external_and_point_into_the_shards(name: str, bundle: Bundle) -> None:
+    checkpoint = Checkpoint.open(bundle.path)
+    model = onnx.load(bundle.graph_file(name), load_external_data=False)
+    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert external
+    for tensor in external:
+        entries = {e.key: e.value for e in tensor.external_data}
+        assert set(entries) == {"location", "offset", "length"}, "TensorRT's parser refuses other keys"
+        place = checkpoint.tensors[tensor.name]
+        assert entries["location"] == place.shard.name
+        assert (int(entries["offset"]), int(entries["length"])) == (place.offset, place.length)
+    internal = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    assert sum(len(t.raw_data) for t in internal) < 4096, "only small constants are stored in the file"
+
+
+def test_every_needed_tensor_is_in_exactly_the_right_graph(bundle: Bundle) -> None:
+    """All tensors are used; only the layers' input norms of hybrid layers are used twice."""
+    used: dict[str, list[str]] = {}
+    for name in GRAPHS:
+        model = onnx.load(bundle.graph_file(name), load_external_data=False)
+        for tensor in model.graph.initializer:
+            used.setdefault(tensor.name, []).append(name)
+    expected = set(Checkpoint.open(bundle.path).expected_tensors()) - {"model.embed_tokens.weight"}
+    assert expected <= set(used)
+    twice = {name for name in expected if len(used[name]) > 1}
+    assert twice == {f"model.layers.{i}.input_layernorm.weight" for i in HYBRID}
+
+
+def test_exporting_twice_gives_the_same_bytes(tree, tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        made = export(Checkpoint.open(tree.checkpoint), tmp_path / name, ExportOptions(weights="copy"))
+        files.append([made.graph_file(g).read_bytes() for g in GRAPHS])
+    assert files[0] == files[1]
+
+
+def test_export_imports_neither_torch_nor_onnxruntime(tree, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from sfexport.checkpoint import Checkpoint
+from sfexport.graphs.bundle import ExportOptions, export
+export(Checkpoint.open({str(tree.checkpoint)!r}), Path({str(tmp_path / "b")!r}), ExportOptions())
+print([m for m in ("torch", "transformers", "onnxruntime") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class Decoder:
+    """The decoder graph with random inputs of chosen sizes."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.text = bundle.facts.text
+        path = str(bundle.graph_file("decoder"))
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.past_names = past_names(bundle.facts)
+
+    def feeds(self, batch: int, sequence: int, past: int, slow: int) -> dict[str, np.ndarray]:
+        random, text = np.random.default_rng(0), self.text
+
+        def values(*shape: int) -> np.ndarray:
+            return random.normal(size=shape).astype(np.float32)
+
+        head = (batch, text.num_kv_heads)
+        names = [i.name for i in self.session.get_inputs() if i.name.startswith("slow_key_values")]
+        return {
+            "inputs_embeds": values(batch, sequence, text.hidden_size),
+            "position_ids": np.tile(np.arange(past, past + sequence), (batch, 1)),
+            "attention_mask": np.ones((batch, past + sequence), dtype=bool),
+            "slow_attends": np.ones((batch, sequence), dtype=bool),
+            "slow_lengths": np.full(batch, slow),
+            **{name: values(*head, past, text.head_dim) for name in self.past_names},
+            **{name: values(*head, slow, text.head_dim) for name in names},
+        }
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        return self.session.run(["logits"], feeds)[0]
+
+
+@pytest.fixture(scope="module")
+def decoder(bundle: Bundle) -> Decoder:
+    return Decoder(bundle)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 5, 7), (1, 6, 0, 9), (1, 1, 6, 9), (3, 1, 11, 20), (1, 4, 0, 0), (2, 1, 3, 0)]
+)
+def test_all_lengths_are_dynamic(sizes: tuple[int, ...], decoder: Decoder) -> None:
+    logits = decoder(decoder.feeds(*sizes))
+    assert logits.shape == (sizes[0], decoder.text.vocab_size)
+    assert np.isfinite(logits).all()
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(decoder: Decoder) -> None:
+    feeds = decoder.feeds(3, 4, 5, 7)
+    feeds["slow_lengths"] = np.array([7, 3, 0])
+    feeds["attention_mask"][1, :2] = False
+    together = decoder(feeds)
+    for row in range(3):
+        alone = decoder({name: value[row : row + 1] for name, value in feeds.items()})
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+
+
+def test_a_padded_slow_token_changes_nothing(decoder: Decoder) -> None:
+    feeds = decoder.feeds(1, 4, 2, 5)
+    expected = decoder(feeds)
+    for name in list(feeds):
+        if name.startswith("slow_key_values"):
+            feeds[name] = np.pad(feeds[name], ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=100)
+    np.testing.assert_allclose(decoder(feeds), expected, atol=1e-5)
+
+
+def test_attending_nowhere_is_the_same_as_having_no_slow_token(decoder: Decoder) -> None:
+    feeds = decoder.feeds(1, 4, 2, 5)
+    attending = decoder(feeds)
+    none = decoder(feeds | {"slow_lengths": np.array([0])})
+    nowhere = decoder(feeds | {"slow_attends": np.zeros((1, 4), dtype=bool)})
+    np.testing.assert_array_equal(none, nowhere)
+    assert np.abs(attending - none).max() > 1e-3
+
+
+def test_a_fully_masked_row_gives_finite_numbers(decoder: Decoder) -> None:
+    feeds = decoder.feeds(2, 4, 0, 5)
+    feeds["attention_mask"][0] = False
+    assert np.isfinite(decoder(feeds)).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_fast_token_count_agrees_with_the_matrices(frames: int, spatial: int, bundle: Bundle) -> None:
+    from dataclasses import replace
+
+    fast, cells = replace(bundle.facts.slow_fast.fast, spatial_stride=spatial), 16
+    rows = len(frame_weights(frames, fast)) * (len(cell_weights(cells, spatial)) if spatial > 1 else cells)
+    assert fast_token_count(frames, cells, fast) == rows
+
+
+def test_cell_weights_are_means_of_square_windows() -> None:
+    grid = np.arange(25, dtype=np.float32)
+    pooled = cell_weights(25, 2) @ grid
+    expected = grid.reshape(5, 5)[:4, :4].reshape(2, 2, 2, 2).mean((1, 3)).ravel()
+    np.testing.assert_allclose(pooled, expected)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_weights_of_every_stored_type_give_the_same_logits(dtype: str, decoder: Decoder, tmp_path: Path) -> None:
+    """The demo's weights are bfloat16; rewritten as float32 they are the same numbers, as float16 nearly."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    write_random_checkpoint(tmp_path / "c")
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    for shard in (tmp_path / "c").glob("*.safetensors"):
+        save_file({name: value.to(kind) for name, value in load_file(shard).items()}, shard)
+    made = export(Checkpoint.open(tmp_path / "c"), tmp_path / "b", ExportOptions(weights="copy"))
+    feeds = decoder.feeds(1, 4, 2, 5)
+    atol = 2e-3 if dtype == "F16" else 1e-6
+    np.testing.assert_allclose(Decoder(made)(feeds), decoder(feeds), atol=atol)
