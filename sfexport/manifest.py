@@ -96,11 +96,11 @@ def _check_files(directory: Path, content: dict[str, Any]) -> None:
     if not isinstance(files, dict):
         raise BundleError(f"The manifest in {directory} is damaged: it lists no files.", AGAIN)
     for name, promised in files.items():
-        if not isinstance(promised, dict):
+        if not isinstance(promised, dict) or not {"size", "sha256"} <= promised.keys():
             raise BundleError(f"The manifest in {directory} is damaged: it says nothing about {name}.", AGAIN)
         if not (directory / name).is_file():
             raise BundleError(f"{directory / name} is missing.", AGAIN)
-        if file_sha256(directory / name) != promised.get("sha256"):
+        if file_sha256(directory / name) != promised["sha256"]:
             raise BundleError(
                 f"{directory / name} was changed after it was written (its sha256 is not the manifest's).",
                 AGAIN,
@@ -117,8 +117,10 @@ def _readable(directory: Path) -> Iterator[None]:
         raise BundleError(f"The manifest in {directory} is damaged: {problem}.", AGAIN) from None
 
 
-def _expect(content: dict[str, Any], names: Sequence[str]) -> None:
-    """Raises KeyError for a name that is missing."""
+def _expect(content: Any, names: Sequence[str]) -> None:
+    """Raises KeyError for a name that is missing, TypeError for what has no names."""
+    if not isinstance(content, dict):
+        raise TypeError(f"it has {content!r} in the place of an object")
     for name in names:
         content[name]
 
@@ -203,9 +205,15 @@ class Bundle:
 
     def _check_content(self) -> None:
         """Read everything that is read later, so that what is missing is found now."""
-        _expect(self.content, ("model", "tools"))
-        _expect(self.content["checkpoint"], ("relative", "absolute"))
-        _expect(self.content["graphs"], GRAPHS)
+        content = self.content
+        _expect(content["model"], ("text", "slow_fast", "tower"))
+        _expect(content["tools"], ())
+        _expect(content["options"], ("weights",))
+        _expect(content["checkpoint"], ("relative", "absolute"))
+        for graph in GRAPHS:
+            _expect(content["graphs"][graph], ("inputs", "outputs"))
+        if not isinstance(content["weights"]["parameters"], int):
+            raise ValueError(f"its number of parameters is {content['weights']['parameters']!r}")
         self.tokens_per_frame(single_image=True), self.tokens_per_frame(single_image=False)
         if not isinstance(self.frames, int) or self.frames < 1:
             raise ValueError(f"its number of frames is {self.frames!r}")

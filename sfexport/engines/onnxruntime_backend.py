@@ -6,8 +6,10 @@ The only file that imports onnxruntime.
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from sfexport.graphs.vision_encoder import PIXELS, PROJECTED
 from sfexport.manifest import GRAPHS
 
 RUNTIME = "onnxruntime"
+FIRST_WITH_FOLDER = (1, 21)  # versions from here on honour the option below
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -68,13 +71,28 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
     Raises:
         SfexportError: ONNX Runtime refuses the graph or its weights.
     """
-    ort = _library()
-    options = ort.SessionOptions()
-    options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights_directory.resolve()))
+    ort, weights = _library(), weights_directory.resolve()
     try:
+        if _version(ort.__version__) < FIRST_WITH_FOLDER:
+            return _open_beside_links(ort, graph, weights)
+        options = ort.SessionOptions()
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights))
         return ort.InferenceSession(graph.read_bytes(), options, providers=providers())
     except Exception as error:  # its exceptions share no base class
         raise SfexportError(f"ONNX Runtime cannot load {graph}: {_first_line(error)}") from error
+
+
+def _open_beside_links(ort: Any, graph: Path, weights: Path) -> Any:
+    """For ONNX Runtime 1.20, which ignores the folder option and still follows links: both in one directory."""
+    with TemporaryDirectory() as folder:
+        for file in weights.iterdir():
+            if file.name != graph.name:
+                (Path(folder) / file.name).symlink_to(file)
+        return ort.InferenceSession(shutil.copy(graph, folder), providers=providers())
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _first_line(error: Exception) -> str:
