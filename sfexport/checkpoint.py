@@ -21,7 +21,8 @@ import numpy as np
 
 from sfexport.errors import CheckpointError
 from sfexport.facts import TOWER_PREFIX, ModelFacts
-from sfexport.towers import ImageFacts, Tower, VitTower, read_tower
+from sfexport.images import ImageFacts
+from sfexport.towers import Tower, VitTower, read_tower
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

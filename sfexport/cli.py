@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -229,7 +230,7 @@ def ask(
 
 
 def _stream(text: str) -> None:
-    click.echo(text, nl=False)
+    click.echo(console.printable(text) if sys.stdout.isatty() else text, nl=False)
 
 
 @_with_examples("sfexport inspect ./checkpoint", "sfexport inspect ./engines --json")

@@ -78,6 +78,11 @@ def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
         say("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip(), err=False)
 
 
+def printable(text: str) -> str:
+    """Text without control characters, which an untrained model's answers contain and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 

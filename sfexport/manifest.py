@@ -20,7 +20,7 @@ from sfexport import __version__
 from sfexport.checkpoint import Shard, Tensor, read_json
 from sfexport.errors import BundleError, InputError
 from sfexport.facts import ModelFacts
-from sfexport.towers import ImageFacts
+from sfexport.images import ImageFacts
 
 FORMAT = 1
 BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
@@ -180,9 +180,7 @@ class Bundle:
 
     def tokens_per_frame(self, single_image: bool) -> int:
         """Slow tokens of a frame: pooled for a video, all for a single image."""
-        name = "projected_features" if single_image else "slow_tokens"
-        outputs = self.content["graphs"]["vision_encoder"]["outputs"]
-        return next(o["shape"][1] for o in outputs if o["name"] == name)
+        return self.content["tokens_per_frame"]["image" if single_image else "video"]
 
     def graph_file(self, name: str) -> Path:
         return self.path / f"{name}.onnx"

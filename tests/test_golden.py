@@ -20,9 +20,8 @@ from sfexport.checkpoint import Checkpoint
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.facts import FastPathFacts
 from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.compressor import slow_names
-from sfexport.graphs.decoder import hidden_name, past_names, present_names
 from sfexport.graphs.fast_path import cell_weights, frame_weights, source_frames
+from sfexport.graphs.names import hidden_name, past_names, present_names, slow_names
 from sfexport.manifest import Bundle
 
 ATOL = 1e-4

@@ -23,7 +23,8 @@ from sfexport.checkpoint import INDEX_FILE
 from sfexport.demo.tokenizer import END_OF_TEXT, IM_END, tokenizer_config, train_tokenizer
 from sfexport.errors import InputError
 from sfexport.facts import MODEL_TYPE, TOWER_PREFIX, ModelFacts, Shapes
-from sfexport.towers import CLIP_MEAN, CLIP_STD, ConvNextTower, Tower, VitTower
+from sfexport.images import CLIP_MEAN, CLIP_STD
+from sfexport.towers import ConvNextTower, Tower, VitTower
 
 TOWER = ConvNextTower(depths=(1, 1, 2, 1), widths=(16, 24, 32, 48), stem_patch=4, kernel=7)
 CONFIG_FILE = "config.json"

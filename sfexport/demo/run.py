@@ -92,7 +92,7 @@ def _ask(paths: DemoPaths) -> None:
     console.say(err=False)
     for question in QUESTIONS:
         answer = session.ask(question, options)
-        console.say(f"Q: {question}\nA: {printable(answer.answer)}", err=False)
+        console.say(f"Q: {question}\nA: {console.printable(answer.answer)}", err=False)
         seconds = sum(answer.seconds.values())
         console.say(
             f"   {answer.frames_encoded} frames encoded, {answer.prefill_tokens} tokens prefilled, "
@@ -100,11 +100,6 @@ def _ask(paths: DemoPaths) -> None:
             err=False,
         )
     console.say("The weights are random, so the answers are noise; parity below is what this proves.\n", err=False)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which noise contains and a terminal would obey."""
-    return "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _prove(paths: DemoPaths) -> bool:

@@ -17,19 +17,8 @@ import numpy as np
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.facts import ModelFacts
-from sfexport.graphs.compressor import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
-from sfexport.graphs.decoder import (
-    EMBEDS,
-    LOGITS,
-    MASK,
-    POSITIONS,
-    SLOW_ATTENDS,
-    SLOW_LENGTHS,
-    past_names,
-    present_names,
-)
+from sfexport.graphs import names
 from sfexport.graphs.fast_path import cell_weights, frame_weights
-from sfexport.graphs.vision_encoder import PIXELS, PROJECTED
 from sfexport.manifest import GRAPHS
 
 RUNTIME = "onnxruntime"
@@ -108,39 +97,39 @@ class OnnxRuntimeBackend(Backend):
         self._ort = _library()
         self.facts = facts
         self._sessions = {name: open_session(graphs / f"{name}.onnx", weights_directory) for name in GRAPHS}
-        self._slow_names, self._past_names = slow_names(facts), past_names(facts)
-        self._present_names = present_names(facts)
+        self._slow_names, self._past_names = names.slow_names(facts), names.past_names(facts)
+        self._present_names = names.present_names(facts)
         empty = np.zeros((1, facts.text.num_kv_heads, 0, facts.text.head_dim), dtype=np.float32)
         self._empty = self._value(empty)
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
-        output = PROJECTED if single_image else SLOW_TOKENS
-        return self._run("vision_encoder", [output], {PIXELS: self._value(pixel_values)})[0].numpy()
+        output = names.PROJECTED if single_image else names.SLOW_TOKENS
+        return self._run("vision_encoder", [output], {names.PIXELS: self._value(pixel_values)})[0].numpy()
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
         frames, cells, _ = slow_tokens.shape
         fast = self.facts.slow_fast.fast
-        feeds = {SLOW_TOKENS: slow_tokens, FRAME_WEIGHTS: frame_weights(frames, fast)}
+        feeds = {names.SLOW_TOKENS: slow_tokens, names.FRAME_WEIGHTS: frame_weights(frames, fast)}
         if fast.spatial_stride > 1:
-            feeds[CELL_WEIGHTS] = cell_weights(cells, fast.spatial_stride)
+            feeds[names.CELL_WEIGHTS] = cell_weights(cells, fast.spatial_stride)
         feeds = {name: self._value(array) for name, array in feeds.items()}
-        fast_tokens, *slow = self._run("compressor", [FAST_TOKENS, *self._slow_names], feeds)
+        fast_tokens, *slow = self._run("compressor", [names.FAST_TOKENS, *self._slow_names], feeds)
         return fast_tokens.numpy(), KeyValues(tuple(slow), frames * cells) if slow else None
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         length = step.inputs_embeds.shape[1]
         total = step.start + length
         feeds = {
-            EMBEDS: self._value(step.inputs_embeds),
-            POSITIONS: self._value(np.arange(step.start, total, dtype=np.int64)[None]),
-            MASK: self._value(np.ones((1, total), dtype=bool)),
+            names.EMBEDS: self._value(step.inputs_embeds),
+            names.POSITIONS: self._value(np.arange(step.start, total, dtype=np.int64)[None]),
+            names.MASK: self._value(np.ones((1, total), dtype=bool)),
             **self._key_values(self._past_names, step.past),
         }
         if self._slow_names:
-            feeds[SLOW_ATTENDS] = self._value(step.slow_attends[None])
-            feeds[SLOW_LENGTHS] = self._value(np.array([step.slow.length if step.slow else 0], dtype=np.int64))
+            feeds[names.SLOW_ATTENDS] = self._value(step.slow_attends[None])
+            feeds[names.SLOW_LENGTHS] = self._value(np.array([step.slow.length if step.slow else 0], dtype=np.int64))
             feeds |= self._key_values(self._slow_names, step.slow)
-        logits, *present = self._run("decoder", [LOGITS, *self._present_names], feeds)
+        logits, *present = self._run("decoder", [names.LOGITS, *self._present_names], feeds)
         return logits.numpy()[0], KeyValues(tuple(present), total)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
@@ -152,9 +141,9 @@ class OnnxRuntimeBackend(Backend):
     def _value(self, array: np.ndarray) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
-    def _key_values(self, names: Sequence[str], values: KeyValues | None) -> dict[str, Any]:
-        tensors = values.tensors if values else [self._empty] * len(names)
-        return dict(zip(names, tensors, strict=True))
+    def _key_values(self, keys: Sequence[str], values: KeyValues | None) -> dict[str, Any]:
+        tensors = values.tensors if values else [self._empty] * len(keys)
+        return dict(zip(keys, tensors, strict=True))
 
     def _run(self, graph: str, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
         try:

@@ -85,6 +85,7 @@ def export(
         InputError: the output cannot be written or holds something else.
     """
     checkpoint.validate()
+    _refuse_replacing_weights(checkpoint, out, options)
     with new_directory(out, BUNDLE_FILE) as directory:
         copied = _copies_weights(checkpoint, options)
         for file in checkpoint.side_files():
@@ -96,6 +97,16 @@ def export(
             _check_graph(directory / f"{name}.onnx", checked_by_path=copied)
         _write_manifest(checkpoint, source, directory, out, options)
     return Bundle.open(out)
+
+
+def _refuse_replacing_weights(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
+    """A bundle that points to weights must not replace the directory that holds them."""
+    inside = any(shard.path.is_relative_to(out.resolve()) for shard in checkpoint.shards)
+    if inside and not _copies_weights(checkpoint, options):
+        raise InputError(
+            f"The output {out} holds the weights that the new bundle would point to.",
+            "Choose another with -o, or use --weights copy.",
+        )
 
 
 def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
@@ -171,9 +182,11 @@ def _write_manifest(
     if copied and (directory / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
     frames = options.frames or checkpoint.config.get("mm_training_video_frames") or DEFAULT_FRAMES
+    side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.facts.slow_fast.video_pooling_stride
     content = {
         "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},
         "image": describe_image(checkpoint.image),
+        "tokens_per_frame": {"image": side**2, "video": (side // pooling) ** 2},
         "options": {"precision": "fp32", "frames": frames, "weights": "copy" if copied else "reference"},
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
         "checkpoint": place(out if copied else checkpoint.path, out),

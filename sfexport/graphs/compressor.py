@@ -12,15 +12,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sfexport.facts import ModelFacts
+from sfexport.graphs.names import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
 from sfexport.graphs.ops import GraphWriter
 from sfexport.graphs.weights import Weights
-
-SLOW_TOKENS, FRAME_WEIGHTS, CELL_WEIGHTS, FAST_TOKENS = "slow_tokens", "frame_weights", "cell_weights", "fast_tokens"
-
-
-def slow_names(facts: ModelFacts) -> list[str]:
-    """Names of the slow K/V tensors, key and value by hybrid layer: compressor outputs, decoder inputs."""
-    return [f"slow_key_values.{k}.{x}" for k in range(len(facts.slow_fast.hybrid_layers)) for x in ("key", "value")]
 
 
 def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
@@ -30,9 +24,10 @@ def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = i
     with g.scope("fast_path"):
         _write_fast_path(g, facts, slow)
     flat = g.reshape(slow, -1, hidden)
-    for k, layer in enumerate(facts.slow_fast.hybrid_layers):
+    names = iter(slow_names(facts))
+    for layer in facts.slow_fast.hybrid_layers:
         with g.scope(f"layers.{layer}"):
-            _write_slow_key_values(g, facts, flat, k, layer)
+            _write_slow_key_values(g, facts, flat, layer, (next(names), next(names)))
     return g.model()
 
 
@@ -48,7 +43,9 @@ def _write_fast_path(g: GraphWriter, facts: ModelFacts, slow: ir.Value) -> None:
     g.output(FAST_TOKENS, g.reshape(frames, -1, hidden), g.dtype, ["fast_tokens", hidden])
 
 
-def _write_slow_key_values(g: GraphWriter, facts: ModelFacts, flat: ir.Value, k: int, layer: int) -> None:
+def _write_slow_key_values(
+    g: GraphWriter, facts: ModelFacts, flat: ir.Value, layer: int, names: tuple[str, str]
+) -> None:
     """RMSNorm and projection of one hybrid layer; the projection's rows lie head by head, K then V."""
     text, p = facts.text, f"model.layers.{layer}."
     normed = g.rms_norm(flat, f"{p}input_layernorm", text.rms_norm_eps)
@@ -57,5 +54,5 @@ def _write_slow_key_values(g: GraphWriter, facts: ModelFacts, flat: ir.Value, k:
     # [Ls, kv heads, 2, d] -> [2, kv heads, Ls, d] -> two of [1, kv heads, Ls, d]
     key_value = g.split(g.transpose(packed, 2, 1, 0, 3), 2, axis=0)
     shape = [1, text.num_kv_heads, "slow_tokens", text.head_dim]
-    for name, value in zip(("key", "value"), key_value, strict=True):
-        g.output(f"slow_key_values.{k}.{name}", value, g.dtype, shape)
+    for name, value in zip(names, key_value, strict=True):
+        g.output(name, value, g.dtype, shape)

@@ -23,7 +23,6 @@ import numpy as np
 import onnx_ir as ir
 
 from sfexport.facts import GateFacts, ModelFacts
-from sfexport.graphs.compressor import slow_names
 from sfexport.graphs.cross_attention import (
     DOMAIN,
     MASKED,
@@ -31,24 +30,20 @@ from sfexport.graphs.cross_attention import (
     PLUGIN_ATTRIBUTES,
     cross_attention_function,
 )
+from sfexport.graphs.names import (
+    EMBEDS,
+    LOGITS,
+    MASK,
+    POSITIONS,
+    SLOW_ATTENDS,
+    SLOW_LENGTHS,
+    hidden_name,
+    past_names,
+    present_names,
+    slow_names,
+)
 from sfexport.graphs.ops import OPSET, GraphWriter
 from sfexport.graphs.weights import Weights
-
-EMBEDS, POSITIONS, MASK = "inputs_embeds", "position_ids", "attention_mask"
-SLOW_ATTENDS, SLOW_LENGTHS, LOGITS = "slow_attends", "slow_lengths", "logits"
-
-
-def past_names(facts: ModelFacts) -> list[str]:
-    return [f"past_key_values.{i}.{x}" for i in range(facts.text.num_layers) for x in ("key", "value")]
-
-
-def present_names(facts: ModelFacts) -> list[str]:
-    return [name.replace("past_key_values", "present") for name in past_names(facts)]
-
-
-def hidden_name(layer: int) -> str:
-    """Name of the value that leaves decoder layer `layer`."""
-    return f"hidden_states.{layer + 1}"
 
 
 @dataclass

@@ -12,13 +12,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sfexport.facts import TOWER_PREFIX, ModelFacts, ProjectorFacts
+from sfexport.graphs.names import FEATURES, PIXELS, PROJECTED, SLOW_TOKENS
 from sfexport.graphs.ops import GraphWriter
 from sfexport.graphs.vit import write_vit
 from sfexport.graphs.weights import Weights
 from sfexport.towers import ConvNextTower, Tower
-
-PIXELS, SLOW_TOKENS, PROJECTED = "pixel_values", "slow_tokens", "projected_features"
-FEATURES = "vision_features"
 
 
 def build_vision_encoder(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,11 @@ class Comparison:
     max_rel: float
     cosine: float
     passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Infinity, which JSON has not, becomes null."""
+        values = asdict(self) | {"shape": list(self.shape)}
+        return {k: None if v in (np.inf, -np.inf) else v for k, v in values.items()}
 
 
 def compare(graph: str, name: str, engine: np.ndarray, torch: np.ndarray, tolerance: Tolerance) -> Comparison:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
+from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import CHUNK, Pipeline
@@ -55,7 +56,7 @@ class ParityReport:
             "backend": self.backend,
             "frames": self.frames,
             "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
-            "comparisons": [asdict(c) | {"shape": list(c.shape)} for c in self.comparisons],
+            "comparisons": [c.to_json() for c in self.comparisons],
             "answers": [asdict(a) for a in self.answers],
         }
 
@@ -102,7 +103,9 @@ def run_parity(
 def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:
     if video is not None:
         return pipeline.read_frames(video, frames, "linspace")
-    count, size = frames or min(pipeline.bundle.frames, CHUNK), pipeline.bundle.image.crop
+    count, size = min(pipeline.bundle.frames, CHUNK) if frames is None else frames, pipeline.bundle.image.crop
+    if count < 1:
+        raise InputError(f"The number of frames must be at least 1, not {count}.")
     noise = np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
     return noise, np.arange(count)
 

@@ -24,6 +24,7 @@ from sfexport.video.sampling import sample_indices
 
 OnFrames = Callable[[int, int], None]
 CHUNK = 8  # frames per call of the vision encoder
+MAX_FRAMES = 65_536  # far beyond any model; keeps a slip of the keyboard from filling the memory
 
 
 class Pipeline:
@@ -80,14 +81,16 @@ class Pipeline:
             unique, rows = self._sample(video, frames, sampling)
             for question in questions:
                 self.check_question(question, len(rows))
+            with watch.stage("load"):
+                backend = self.backend
             encoded = []
             for pixels in _timed(self._pixel_chunks(video, unique), watch):
                 with watch.stage("vision"):
-                    encoded.append(self.backend.encode_frames(pixels, single_image=len(rows) == 1))
+                    encoded.append(backend.encode_frames(pixels, single_image=len(rows) == 1))
                 on_frames(sum(map(len, encoded)), len(unique))
         # A clip shorter than the sample repeats frames: each is encoded once.
         slow_tokens = np.concatenate(encoded)[rows]
-        session = VideoSession(self.backend, self.tokenizer, self.embedding, slow_tokens, watch)
+        session = VideoSession(backend, self.tokenizer, self.embedding, slow_tokens, watch)
         session.charge_frames(len(unique))
         return session
 
@@ -102,7 +105,9 @@ class Pipeline:
         """Distinct frame indices, and for each sampled frame its place among them."""
         count = self.bundle.frames if frames is None else frames
         if count < 1:
-            raise InputError(f"--frames must be at least 1, not {count}.")
+            raise InputError(f"The number of frames must be at least 1, not {count}.", "Change --frames.")
+        if count > MAX_FRAMES:
+            raise InputError(f"The number of frames must be at most {MAX_FRAMES:,}, not {count}.", "Change --frames.")
         info = video.info
         # A picture is asked about as one image, as the model was trained; a clip of one frame repeats it.
         count = 1 if info.is_picture else count

@@ -17,7 +17,9 @@ from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
 
 OnText = Callable[[str], None]
-STAGES = ("video", "vision", "compress", "prefix", "prefill", "decode")
+# load: engines into memory. video: waiting for frames. vision, compress, prefix: once per video. prefill, decode:
+# the question's own tokens and the answer's.
+STAGES = ("load", "video", "vision", "compress", "prefix", "prefill", "decode")
 
 
 class Stopwatch:

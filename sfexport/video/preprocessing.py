@@ -1,6 +1,6 @@
 """From RGB frames to the tower's pixels, bit for bit what transformers' CLIPImageProcessor gives.
 
-Imports numpy, PIL, sfexport.errors and sfexport.towers.
+Imports numpy, PIL, sfexport.errors and sfexport.images.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sfexport.errors import InputError
-from sfexport.towers import ImageFacts
+from sfexport.images import ImageFacts
 
 
 def preprocess(frames: Sequence[np.ndarray], image: ImageFacts) -> np.ndarray:

@@ -14,8 +14,8 @@ import pytest
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.decoder import past_names
 from sfexport.graphs.fast_path import cell_weights, fast_token_count, frame_weights
+from sfexport.graphs.names import past_names
 from sfexport.manifest import GRAPHS, Bundle
 
 HYBRID = (0, 2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfexport.errors import InputError
-from sfexport.towers import CLIP_MEAN, CLIP_STD, ImageFacts
+from sfexport.images import CLIP_MEAN, CLIP_STD, ImageFacts
 from sfexport.video.preprocessing import preprocess
 
 GOLDEN = Path(__file__).parents[1] / "data" / "preprocess_size64.npz"

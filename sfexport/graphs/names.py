@@ -1,0 +1,46 @@
+"""Names of the graphs' inputs and outputs: what builders write and backends feed. Imports no ONNX library."""
+
+from __future__ import annotations
+
+from sfexport.facts import ModelFacts
+
+# vision_encoder
+PIXELS = "pixel_values"
+SLOW_TOKENS = "slow_tokens"  # also the compressor's input
+PROJECTED = "projected_features"
+
+# compressor
+FRAME_WEIGHTS = "frame_weights"
+CELL_WEIGHTS = "cell_weights"
+FAST_TOKENS = "fast_tokens"
+
+# decoder
+EMBEDS = "inputs_embeds"
+POSITIONS = "position_ids"
+MASK = "attention_mask"
+SLOW_ATTENDS = "slow_attends"
+SLOW_LENGTHS = "slow_lengths"
+LOGITS = "logits"
+
+# Values inside a graph that keep a name, for tools that look there.
+FEATURES = "vision_features"
+
+
+def slow_names(facts: ModelFacts) -> list[str]:
+    """Slow K/V, key and value by hybrid layer: compressor outputs, decoder inputs."""
+    return [f"slow_key_values.{k}.{x}" for k in range(len(facts.slow_fast.hybrid_layers)) for x in ("key", "value")]
+
+
+def past_names(facts: ModelFacts) -> list[str]:
+    """Text K/V before a step, key and value by layer."""
+    return [f"past_key_values.{i}.{x}" for i in range(facts.text.num_layers) for x in ("key", "value")]
+
+
+def present_names(facts: ModelFacts) -> list[str]:
+    """Text K/V after a step, in the order of past_names."""
+    return [name.replace("past_key_values", "present") for name in past_names(facts)]
+
+
+def hidden_name(layer: int) -> str:
+    """What leaves decoder layer `layer`."""
+    return f"hidden_states.{layer + 1}"

@@ -1,0 +1,58 @@
+"""What most tests need, made once: a random checkpoint, a clip, a bundle with its weights, and engines.
+
+Nobody may change these: `tree_copy` gives a test its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sfexport.checkpoint import Checkpoint
+from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.demo.clip import write_clip
+from sfexport.engines.build import build
+from sfexport.graphs.bundle import ExportOptions, export
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A directory with all that the demo makes."""
+
+    root: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def clip(self) -> Path:
+        return self.root / "clip.mp4"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def engines(self) -> Path:
+        return self.root / "engines"
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """Read only. The bundle has its weights, so that it stands alone."""
+    made = Tree(tmp_path_factory.mktemp("tree"))
+    write_random_checkpoint(made.checkpoint)
+    write_clip(made.clip, seconds=2, fps=10, size=(96, 64))
+    bundle = export(Checkpoint.open(made.checkpoint), made.bundle, ExportOptions(weights="copy"))
+    build(bundle, made.engines, "onnxruntime")
+    return made
+
+
+@pytest.fixture
+def tree_copy(tree: Tree, tmp_path: Path) -> Tree:
+    """A copy to change. Its engines find its own bundle, which lies beside them."""
+    return Tree(Path(shutil.copytree(tree.root, tmp_path / "tree")))
