@@ -6,7 +6,6 @@ Nobody may change these: `tree_copy` gives a test its own.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,31 +13,12 @@ import pytest
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.demo.clip import write_clip
+from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A directory with all that the demo makes."""
-
-    root: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.root / "checkpoint"
-
-    @property
-    def clip(self) -> Path:
-        return self.root / "clip.mp4"
-
-    @property
-    def bundle(self) -> Path:
-        return self.root / "bundle"
-
-    @property
-    def engines(self) -> Path:
-        return self.root / "engines"
+Tree = DemoPaths
 
 
 @pytest.fixture(scope="session")
