@@ -17,7 +17,6 @@ from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
 
-
 Tree = DemoPaths
 
 
