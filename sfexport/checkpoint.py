@@ -1,7 +1,8 @@
 """What a checkpoint is, read without torch: the model's facts and where each tensor lies on disk.
 
-Reads config.json and the headers of the safetensors shards; never the weights themselves. Only safetensors
-are read: a pickle can run code when it is opened, so pickled weights are refused.
+Reads config.json and the headers of the safetensors shards; of the weights themselves, `validate` looks at an
+SReLU's few numbers and at nothing else. Only safetensors are read: a pickle can run code when it is opened, so
+pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -144,8 +145,11 @@ class Checkpoint:
     def validate(self) -> None:
         """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.
 
+        Of values only an SReLU's few are read: they must be finite.
+
         Raises:
-            CheckpointError: naming the missing tensors, or the tensor with the wrong shape and both shapes.
+            CheckpointError: naming the missing tensors, or the tensor with the wrong shape and both shapes, or
+                the SReLU tensor that is not finite.
         """
         facts, tower = self.facts, self.tower
         if facts.projector.in_size != tower.out_size:
@@ -176,7 +180,18 @@ class Checkpoint:
                     f"{', '.join(READABLE)}.",
                     "Save the model in one of these.",
                 )
+        self._check_srelu()
         self._check_frame_size()
+
+    def _check_srelu(self) -> None:
+        """Training can blow these up without a sign: a comparison with NaN just never holds."""
+        for name in self.facts.projector.srelu_tensors():
+            tensor = self.tensors[name]
+            if not np.isfinite(tensor.rows()).all():
+                raise CheckpointError(
+                    f"Tensor '{name}' in {tensor.shard.name} has values that are not finite numbers.",
+                    "The training of this SReLU diverged, or the file is damaged.",
+                )
 
     def _check_frame_size(self) -> None:
         side, stride = self.tower.grid(self.image.crop), self.facts.slow_fast.video_pooling_stride

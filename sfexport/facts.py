@@ -23,6 +23,7 @@ GATING_TYPES = (
 )
 DECODE_MODES = ("released", "trained")
 TOWER_PREFIX = "model.vision_tower.vision_tower."
+SRELU_PARAMETERS = ("t_right", "a_right", "t_left", "a_left")
 
 Shapes = Mapping[str, tuple[int, ...]]
 _REQUIRED = object()
@@ -213,11 +214,16 @@ def _attends(implementation: str) -> str:
 
 @dataclass(frozen=True)
 class ProjectorFacts:
-    """Linear, identity, or an MLP of `depth` linear layers (tensor names mm_projector.0, .2, .4, ...)."""
+    """Linear, identity, or an MLP of `depth` linear layers (tensor names mm_projector.0, .2, .4, ...).
+
+    Attributes:
+        activation: 'gelu' or 'srelu', between the linear layers; an SReLU has tensors (mm_projector.1, .3, ...).
+    """
 
     kind: str
     depth: int
     in_size: int
+    activation: str = "gelu"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ProjectorFacts:
@@ -225,18 +231,27 @@ class ProjectorFacts:
         size = _positive(config, "mm_hidden_size")
         if name in ("linear", "identity"):
             return cls(name, int(name == "linear"), size)
-        match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", name)
+        match = re.fullmatch(r"mlp([1-9]\d*)x_(gelu|srelu)", name)
         if not match:
             raise CheckpointError(
-                f"config.json: unknown mm_projector_type {name!r}.", "Known: linear, identity, mlp<N>x_gelu."
+                f"config.json: unknown mm_projector_type {name!r}.",
+                "Known: linear, identity, mlp<N>x_gelu, mlp<N>x_srelu.",
             )
-        return cls("mlp", int(match.group(1)), size)
+        return cls("mlp", int(match.group(1)), size, match.group(2))
 
     def linear_names(self) -> list[str]:
         """Names of the linear layers, without '.weight'."""
         if self.kind == "linear":
             return ["model.mm_projector"]
         return [f"model.mm_projector.{2 * i}" for i in range(self.depth)]
+
+    def srelu_names(self) -> list[str]:
+        """Names of the SReLUs, without '.t_right'; the one at i follows the linear layer at i."""
+        return [f"model.mm_projector.{2 * i + 1}" for i in range(self.depth - 1) if self.activation == "srelu"]
+
+    def srelu_tensors(self) -> list[str]:
+        """Names of the SReLUs' tensors, each of shape [hidden_size]."""
+        return [f"{name}.{parameter}" for name in self.srelu_names() for parameter in SRELU_PARAMETERS]
 
 
 @dataclass(frozen=True)
@@ -279,7 +294,7 @@ class ModelFacts:
             out[f"{name}.weight"] = (self.text.hidden_size, width)
             out[f"{name}.bias"] = (self.text.hidden_size,)
             width = self.text.hidden_size
-        return out
+        return out | dict.fromkeys(self.projector.srelu_tensors(), (self.text.hidden_size,))
 
 
 def _layer_tensors(text: TextFacts, p: str) -> dict[str, tuple[int, ...]]:

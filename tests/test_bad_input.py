@@ -154,7 +154,7 @@ BAD_CHECKPOINTS = {
     ),
     "an unknown cross-attention": (config(cross_attn_implementation="flash"), ["'flash'", "text-only-vanilla"]),
     "a number as cross-attention": (config(cross_attn_implementation=1), ["'cross_attn_implementation'"]),
-    "an unknown projector": (config(mm_projector_type="resampler"), ["'resampler'", "linear, identity, mlp<N>x_gelu"]),
+    "an unknown projector": (config(mm_projector_type="resampler"), ["'resampler'", "mlp<N>x_gelu, mlp<N>x_srelu"]),
     "a projector without layers": (config(mm_projector_type="mlp0x_gelu"), ["'mlp0x_gelu'"]),
     "a number as projector": (config(mm_projector_type=2), ["'mm_projector_type'"]),
     "an unknown tower": (config(mm_vision_tower="dinov2-large"), ["'dinov2-large'", "convnext-576"]),

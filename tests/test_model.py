@@ -111,6 +111,16 @@ def test_auto_classes_know_the_model(checkpoint: Path, model: LlavaQwenSlowFastF
     assert model.config.tower == Checkpoint.open(checkpoint).tower
 
 
+def test_a_slow_branch_added_to_a_checkpoint_starts_closed(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "c", changes={"cross_attn_every_n_layers": None})
+    config = AutoConfig.from_pretrained(tmp_path / "c")
+    config.cross_attn_every_n_layers = 2
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "c", config=config, output_loading_info=True)
+    gates = {n: p for n, p in model.named_parameters() if n.endswith("cross_attn_warm_up_gate")}
+    assert set(gates) < set(info["missing_keys"])
+    assert [gate.tolist() for gate in gates.values()] == [[0.0], [0.0]]
+
+
 def test_layer_scale_may_be_called_gamma(checkpoint: Path, model, tmp_path: Path) -> None:
     state = {}
     for shard in sorted(checkpoint.glob("*.safetensors")):

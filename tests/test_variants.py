@@ -71,6 +71,8 @@ OTHERS = {
     "one kv head": {"num_key_value_heads": 1},
     "linear projector": {"mm_projector_type": "linear"},
     "three linear layers": {"mm_projector_type": "mlp3x_gelu"},
+    "srelu projector": {"mm_projector_type": "mlp2x_srelu"},
+    "three linear layers with srelu": {"mm_projector_type": "mlp3x_srelu"},
     "identity projector": {"mm_projector_type": "identity", "hidden_size": 48},
     "trained mode by configuration": {"decode_mode": "trained"},
 }

@@ -31,6 +31,8 @@ CONFIG_FILE = "config.json"
 IMAGE_SIZE = 128  # pixels; 4 x 4 tokens per frame, 2 x 2 after pooling
 MAX_LENGTH = 1024  # tokens
 TRANSFORMERS_VERSION = "4.45.1"  # the reference's
+# Mean and standard deviation: a leaky ReLU whose right piece is in use too, with t_right well above t_left.
+_SRELU = {"t_right": (1.0, 0.1), "a_right": (0.7, 0.1), "t_left": (-0.2, 0.1), "a_left": (0.2, 0.05)}
 _LAYER_SCALE = re.compile(re.escape(TOWER_PREFIX) + r"stages\.\d+\.blocks\.\d+\.weight$")
 
 
@@ -89,9 +91,9 @@ def _write_files(directory: Path, seed: int, tower: Tower, changes: Mapping[str,
     (directory / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode() + b"\n")
     _write_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, MAX_LENGTH))
     _write_json(directory / CONFIG_FILE, config)
-    _write_json(directory / "generation_config.json", _generation_config(tokenizer))
+    _write_json(directory / "generation_config.json", generation_config(tokenizer))
     size = tower.image_size if isinstance(tower, VitTower) else IMAGE_SIZE
-    _write_json(directory / "preprocessor_config.json", _preprocessor_config(size))
+    _write_json(directory / "preprocessor_config.json", preprocessor_config(size))
     tensors = {
         name: random_tensor(name, shape, np.random.default_rng([seed, zlib.crc32(name.encode())]))
         for name, shape in _all_shapes(config, tower).items()
@@ -161,7 +163,8 @@ def demo_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of generation_config.json: greedy, ends at the end of the turn."""
     end_of_text, im_end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
     return {
         "bos_token_id": end_of_text,
@@ -173,7 +176,8 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _preprocessor_config(size: int) -> dict[str, Any]:
+def preprocessor_config(size: int) -> dict[str, Any]:
+    """The content of preprocessor_config.json for square frames of `size` pixels."""
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -223,6 +227,8 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 0.05
     if _LAYER_SCALE.match(name):
         return 0.5, 0.05
+    if (parameter := name.rpartition(".")[2]) in _SRELU:
+        return _SRELU[parameter]
     if len(shape) == 1:  # the weight of a norm
         return 1.0, 0.1
     if name.endswith("embed_tokens.weight"):

@@ -5,6 +5,7 @@ Imports the tokenizers library; no torch, no transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -20,10 +21,10 @@ QWEN2_SPLIT = (
 )
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(corpus: Sequence[str] = CORPUS, ordinary_tokens: int = ORDINARY_TOKENS) -> Tokenizer:
     """Train the tokenizer; equal in every run.
 
-    Ids 0..499 are ordinary tokens; the three special tokens follow, as in Qwen2. Every byte is a token, so any
+    The first ids are ordinary tokens; the three special tokens follow, as in Qwen2. Every byte is a token, so any
     text comes back from `decode` as it was, in Unicode's NFC form.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -37,12 +38,12 @@ def train_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=ORDINARY_TOKENS,
+        vocab_size=ordinary_tokens,
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     # Added afterwards and not through the trainer, which would give them the first ids.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer

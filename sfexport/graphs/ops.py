@@ -156,6 +156,18 @@ class GraphWriter:
         erf = self.op("Erf", self.op("Mul", x, self.scalar(1 / math.sqrt(2))))
         return self.op("Mul", self.op("Mul", x, self.scalar(0.5)), self.op("Add", erf, self.scalar(1.0)))
 
+    def srelu(self, x: ir.Value, name: str) -> ir.Value:
+        """SReLU over the last axis with the stored t_right, a_right, t_left, a_left; in float32, as in torch."""
+        x = self.to_float32(x)
+
+        def piece(side: str, comparison: str, otherwise: ir.Value) -> ir.Value:
+            threshold, slope = (self.weight(f"{name}.{p}_{side}", ir.DataType.FLOAT) for p in "ta")
+            outer = self.op("Add", threshold, self.op("Mul", slope, self.op("Sub", x, threshold)))
+            return self.op("Where", self.op(comparison, x, threshold), outer, otherwise)
+
+        # The right piece comes last: it wins where both hold.
+        return self.from_float32(piece("right", "GreaterOrEqual", piece("left", "LessOrEqual", x)))
+
     def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
         """The finished model."""
         for function in functions:

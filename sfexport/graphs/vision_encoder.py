@@ -83,8 +83,11 @@ def write_projector(g: GraphWriter, facts: ProjectorFacts, x: ir.Value) -> ir.Va
     """[rows, C] -> [rows, H]."""
     if facts.kind == "identity":
         return x
-    for i, name in enumerate(facts.linear_names()):
-        x = g.linear(g.gelu(x) if i else x, name)
+    first, *others = facts.linear_names()
+    x = g.linear(x, first)
+    for i, name in enumerate(others):
+        x = g.srelu(x, facts.srelu_names()[i]) if facts.activation == "srelu" else g.gelu(x)
+        x = g.linear(x, name)
     return x
 
 

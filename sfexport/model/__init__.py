@@ -1,11 +1,13 @@
 """The PyTorch model: the truth that graphs and engines are compared with.
 
 Importing this package registers `llava_qwen_slow_fast` with transformers' AutoConfig and
-AutoModelForCausalLM. It needs the `torch` extra; only the torch backend, parity and training import it.
+AutoModelForCausalLM, and `srelu` with its activations. It needs the `torch` extra; only the torch backend,
+parity and training import it.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sfexport.model import activations as _activations  # noqa: F401
 from sfexport.model.configuration import LlavaQwenSlowFastConfig
 from sfexport.model.modeling import LlavaQwenSlowFastForCausalLM, LlavaQwenSlowFastModel
 

@@ -27,6 +27,7 @@ from sfexport.model.configuration import LlavaQwenSlowFastConfig
 from sfexport.model.hybrid_decoder import DecoderLayer, HybridAttention, SlowBranch
 from sfexport.model.merging import VISUAL, Merged, attending_positions, merge
 from sfexport.model.projector import build_projector
+from sfexport.model.srelu import SReLU
 from sfexport.model.vision import ConvNextBlock, VisionTower
 
 
@@ -75,6 +76,17 @@ class LlavaQwenSlowFastModel(Qwen2Model):
         slow = [slow_tokens(p, facts.video_pooling_stride) for p in projected]
         return EncodedVideos([s.flatten(0, 1) for s in slow], [fast_tokens(s, facts.fast) for s in slow])
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """For what a checkpoint lacks. Here, because transformers asks the innermost PreTrainedModel."""
+        super()._init_weights(module)
+        if isinstance(module, ConvNextBlock):
+            nn.init.constant_(module.weight, 1e-6)
+        if isinstance(module, HybridAttention) and module.gate.warm_up:
+            nn.init.zeros_(module.cross_attn_warm_up_gate)
+        if isinstance(module, SReLU):
+            module.reset_parameters()
+
     def slow_key_values(self, slow: Tensor) -> Tensor:
         """Slow tokens [B, Ls, H] -> K and V of all hybrid layers, [B, hybrid layers, 2, kv heads, Ls, head_dim]."""
         return torch.stack([layer.slow_key_values(slow) for layer in self.layers if layer.is_hybrid], dim=1)
@@ -104,14 +116,6 @@ class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
         if getattr(config, "vision_tower_sizes", None) is None and Path(path).is_dir():
             config.set_tower(Checkpoint.open(path).tower)
         return super().from_pretrained(path, *args, config=config, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ConvNextBlock):
-            nn.init.constant_(module.weight, 1e-6)
-        if isinstance(module, HybridAttention) and module.gate.warm_up:
-            nn.init.zeros_(module.cross_attn_warm_up_gate)
 
     def prepare_multimodal(
         self,
