@@ -19,7 +19,7 @@ from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import CHUNK, Pipeline
-from sfexport.qa.session import Stopwatch, VideoSession
+from sfexport.qa.session import VideoSession
 
 Report = Callable[[str], None]
 DEFAULT_QUESTION = "What happens in the video?"
@@ -198,7 +198,7 @@ def _compare_steps(
 
 
 def _session(pipeline: Pipeline, backend: Backend, slow: np.ndarray) -> VideoSession:
-    return VideoSession(backend, pipeline.tokenizer, pipeline.embedding, slow, Stopwatch())
+    return VideoSession(backend, pipeline.tokenizer, pipeline.embedding, *backend.compress(slow))
 
 
 def _answers(

@@ -90,8 +90,10 @@ class Pipeline:
                 on_frames(sum(map(len, encoded)), len(unique))
         # A clip shorter than the sample repeats frames: each is encoded once.
         slow_tokens = np.concatenate(encoded)[rows]
-        session = VideoSession(backend, self.tokenizer, self.embedding, slow_tokens, watch)
-        session.charge_frames(len(unique))
+        with watch.stage("compress"):
+            fast, slow = backend.compress(slow_tokens)
+        session = VideoSession(backend, self.tokenizer, self.embedding, fast, slow, watch)
+        session.charge_frames(len(rows), len(unique))
         return session
 
     def check_question(self, question: str, frames: int) -> None:

@@ -96,23 +96,22 @@ class VideoSession:
         backend: Backend,
         tokenizer: ChatTokenizer,
         embedding: EmbeddingTable,
-        slow_tokens: np.ndarray,
-        watch: Stopwatch,
+        fast: np.ndarray,
+        slow: KeyValues | None,
+        watch: Stopwatch | None = None,
     ) -> None:
-        """Args: `slow_tokens` float32 [T, P, H], one entry per sampled frame."""
+        """Args: `fast` float32 [fast tokens, H]; `slow` the hybrid layers' slow K/V, None for no slow branch."""
+        watch = watch or Stopwatch()
         self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
-        self._attends = backend.facts.slow_fast.attends
-        self.frames, self.slow_tokens = len(slow_tokens), slow_tokens.shape[0] * slow_tokens.shape[1]
-        with watch.stage("compress"):
-            fast, self._slow = backend.compress(slow_tokens)
-        self.fast_tokens = len(fast)
+        self._attends, self._slow = backend.facts.slow_fast.attends, slow
+        self.frames, self.fast_tokens, self.slow_tokens = 0, len(fast), slow.length if slow else 0
         with watch.stage("prefix"):
             self._prefix = self._prefill_prefix(fast)
         self._pending = _Pending(self._prefix.length, 0, dict(watch.seconds))
 
-    def charge_frames(self, count: int) -> None:
-        """Record how many frames went through the vision encoder, for the first question's report."""
-        self._pending.frames_encoded = count
+    def charge_frames(self, sampled: int, encoded: int) -> None:
+        """Record how many frames were sampled, and how many of them went through the vision encoder."""
+        self.frames, self._pending.frames_encoded = sampled, encoded
 
     def _prefill_prefix(self, fast: np.ndarray) -> KeyValues:
         """K/V of the text before the video and of the fast tokens: the same for every question."""

@@ -12,7 +12,7 @@ from sfexport.facts import DECODE_MODES
 from sfexport.qa import pipeline as pipeline_module
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import Stopwatch, VideoSession
+from sfexport.qa.session import VideoSession
 
 QUESTIONS = ("What happens?", "Which colour is the circle, and where does it go?")
 
@@ -69,7 +69,7 @@ def test_frames_of_a_short_clip_are_encoded_once_each(tree, pipeline: Pipeline, 
     assert (session.frames, answer.frames_encoded) == (3 * count, count)
     pixels, rows = pipeline.read_frames(tree.clip, 3 * count, "linspace")
     slow = pipeline.backend.encode_frames(pixels[rows], single_image=False)
-    whole = VideoSession(pipeline.backend, pipeline.tokenizer, pipeline.embedding, slow, Stopwatch())
+    whole = VideoSession(pipeline.backend, pipeline.tokenizer, pipeline.embedding, *pipeline.backend.compress(slow))
     assert whole.ask(QUESTIONS[0], options).ids == answer.ids
 
 
