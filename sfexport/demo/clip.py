@@ -50,12 +50,16 @@ def write_clip(
     Raises:
         InputError: no frames, a size that is odd or below 32 pixels, an unknown file type, an unwritable path.
     """
+    write_frames(path, draw_frames(_check(seconds, fps, size), fps, size, seed), fps, size)
+
+
+def write_frames(path: Path, frames: Iterator[np.ndarray], fps: int, size: tuple[int, int]) -> None:
+    """Encode pictures, uint8 RGB [height, width, 3], as a video file; the file appears when it is whole."""
     path = Path(path)
-    count = _check(seconds, fps, size)
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(draft, fps, size, draw_frames(count, fps, size, seed))
+        _encode(draft, fps, size, frames)
         draft.replace(path)
     except (OSError, ValueError, av.FFmpegError) as error:  # ValueError: no known container or not for this codec
         raise InputError(

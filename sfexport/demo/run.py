@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfexport import console
 from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
-from sfexport.demo.clip import write_clip
+from sfexport.demo.clip import write_frames
+from sfexport.demo.shipped import SHIPPED
+from sfexport.demo.world import FPS, SIZE, UPSCALE, Question, is_sampled, make_scene, video_frames
 from sfexport.engines.build import build, engine_name
 from sfexport.errors import InputError, MissingDependency
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.parity.compare import Tolerance
 from sfexport.qa.pipeline import Pipeline
 
-QUESTIONS = ("Which shapes are in the video?", "What colour is the circle?")
+CLIP = (2026, 7)  # seed and index of the demo's clip
 PARTS = {"checkpoint", "bundle", "engines", "clip.mp4"}
 
 
@@ -71,35 +73,46 @@ def _check_root(root: Path) -> None:
 
 
 def _make_inputs(paths: DemoPaths) -> None:
-    """A checkpoint and a clip, unless an earlier run left them."""
+    """The shipped checkpoint and a clip, unless an earlier run left them."""
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{paths.root} cannot be written: {error.strerror}.", "Choose another with -o.") from None
     if not paths.checkpoint.exists():
-        console.step("making a tiny checkpoint with random weights (its answers are noise)")
-        write_random_checkpoint(paths.checkpoint)
+        console.step("copying the demo checkpoint: a tiny Slow-Fast model, trained on clips of moving shapes")
+        shutil.copytree(SHIPPED, paths.checkpoint)
     if not paths.clip.exists():
-        console.step("making a clip of moving shapes")
-        write_clip(paths.clip)
+        console.step("making a clip: shapes move, and for one frame something flashes")
+        write_frames(paths.clip, video_frames(*CLIP), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
+
+
+def demo_questions() -> list[Question]:
+    """One overview question, and one about a frame that the fast path never sees."""
+    questions = make_scene(*CLIP).questions()
+    overview = next(q for q in questions if q.kind == "colour_direction")
+    detail = next(q for q in questions if q.kind == "digit_corner" and not is_sampled(q.frame))
+    return [overview, detail]
 
 
 def _ask(paths: DemoPaths) -> None:
-    pipeline = Pipeline.load(paths.engines)
+    pipeline, questions = Pipeline.load(paths.engines), demo_questions()
     with console.frames_progress("encoding") as on_frames:
-        session = pipeline.encode(paths.clip, questions=QUESTIONS, on_frames=on_frames)
-    options = pipeline.generation_options().override(max_new_tokens=12)
+        session = pipeline.encode(paths.clip, questions=[q.text for q in questions], on_frames=on_frames)
     console.say(err=False)
-    for question in QUESTIONS:
-        answer = session.ask(question, options)
-        console.say(f"Q: {question}\nA: {console.printable(answer.answer)}", err=False)
-        seconds = sum(answer.seconds.values())
+    for question in questions:
+        answer = session.ask(question.text, pipeline.generation_options())
+        verdict = "right" if answer.answer == question.answer else "WRONG"
+        console.say(f"Q: {question.text}", err=False)
+        console.say(f"A: {console.printable(answer.answer)}   (truth: {question.answer}; {verdict})", err=False)
         console.say(
             f"   {answer.frames_encoded} frames encoded, {answer.prefill_tokens} tokens prefilled, "
-            f"{answer.new_tokens} generated, {seconds:.2f} s",
+            f"{answer.new_tokens} generated, {sum(answer.seconds.values()):.2f} s",
             err=False,
         )
-    console.say("The weights are random, so the answers are noise; parity below is what this proves.\n", err=False)
+    console.say(
+        "The second answer is about one frame that the fast tokens never saw: it comes from the slow tokens.\n",
+        err=False,
+    )
 
 
 def _prove(paths: DemoPaths) -> bool:
@@ -107,7 +120,7 @@ def _prove(paths: DemoPaths) -> bool:
     from sfexport.parity.run import run_parity
 
     try:
-        report = run_parity(Pipeline.load(paths.engines), paths.clip, QUESTIONS[0], tolerance=Tolerance())
+        report = run_parity(Pipeline.load(paths.engines), paths.clip, demo_questions()[0].text, tolerance=Tolerance())
     except MissingDependency as error:
         console.say(f"Parity skipped: {error.paragraph()}", err=False)
         return True
@@ -119,7 +132,7 @@ def _say_what_next(paths: DemoPaths) -> None:
     root = paths.root
     console.say("\nTry next:", err=False)
     for line in (
-        f"sfexport ask {root}/engines YOUR_VIDEO.mp4 -q 'What happens in the video?'",
+        f"sfexport ask {root}/engines {root}/clip.mp4 -q 'How many shapes are there?' --json",
         f"sfexport inspect {root}/bundle",
         f"sfexport parity {root}/engines YOUR_VIDEO.mp4",
         f"sfexport export {root}/checkpoint -o my-bundle && sfexport build my-bundle -o my-engines",
