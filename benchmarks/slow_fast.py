@@ -71,7 +71,7 @@ def plot(results: Results, file: Path) -> None:
     axes.set_xticks(range(len(kinds)), [k.replace("_unsampled", "*").replace("_", "\n") for k in kinds])
     axes.set_ylabel("exact match")
     axes.set_title("* about one frame that the fast path never sees", fontsize=9, loc="left")
-    axes.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 
 
