@@ -65,13 +65,17 @@ class Tensor:
 
         Only the rows asked for are copied. bfloat16 has no NumPy type: its bits are the upper half of a float32.
         """
-        stored = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
-        mapped = np.memmap(self.shard, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
-        values = mapped.view(stored).reshape(self.shape)
-        values = np.array(values if index is None else values[index])
+        values = np.array(self._mapped if index is None else self._mapped[index])
         if self.dtype == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32)
+
+    @cached_property
+    def _mapped(self) -> np.ndarray:
+        """The stored values in the mapped file (bfloat16 as uint16); mapped once, since decoding asks per token."""
+        stored = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
+        mapped = np.memmap(self.shard, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
+        return mapped.view(stored).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -211,10 +215,6 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """The files beside the weights that this checkpoint has and a bundle takes along."""
         return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
-
-    def read_side_file(self, name: str) -> dict[str, Any]:
-        """A side file's content, or an empty dictionary where the checkpoint has none."""
-        return read_json(self.path / name) if (self.path / name).is_file() else {}
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:

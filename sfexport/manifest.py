@@ -1,7 +1,7 @@
 """What a bundle and an engine directory promise, and checking it before anything in them is used.
 
 Both are directories with a JSON manifest: `sfexport.json` in a bundle, `engine.json` beside engines. May
-import sfexport.checkpoint, facts, towers and errors.
+import sfexport.checkpoint, facts, images and errors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -246,10 +246,6 @@ def describe_embedding(tensor: Tensor) -> dict[str, Any]:
         "offset": tensor.offset,
         "length": tensor.length,
     }
-
-
-def describe_image(image: ImageFacts) -> dict[str, Any]:
-    return asdict(image)
 
 
 @dataclass(frozen=True)

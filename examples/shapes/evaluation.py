@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from packing import IGNORED, Clips, Collator, Example
-from trainee import Trainee
+from packing import IGNORED, Clips, Example
+from trainee import Trainee, make_collator
 
 from sfexport.demo.world import is_sampled, make_scene
 from sfexport.model import LlavaQwenSlowFastForCausalLM
 from sfexport.qa.prompt import ChatTokenizer
 
 HELD_OUT_SEED = 11
-FAST_TOKENS = 18
 
 
 def measure(lm: LlavaQwenSlowFastForCausalLM, tokenizer: ChatTokenizer, clips: int) -> dict[str, dict[str, float]]:
     """Accuracy by kind, with the slow branch and without; details also apart for frames the fast path never sees."""
     data = Clips(HELD_OUT_SEED, clips, tokenizer)
-    collator = Collator(tokenizer.prompt("?").before, FAST_TOKENS)
+    collator = make_collator(lm, tokenizer)
     modes = ("trained", "slow_off") if lm.config.facts.slow_fast.hybrid_layers else ("plain",)
     right: dict[str, dict[str, list[bool]]] = {mode: defaultdict(list) for mode in modes}
     lm.eval()

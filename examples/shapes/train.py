@@ -32,21 +32,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from evaluation import measure
-from packing import Clips, Collator
+from packing import Clips
 from ship import write_checkpoint
 from torch import nn
 from torch.utils.data import SequentialSampler
-from trainee import TowerTrainee, Trainee, initialise, make_config, make_tokenizer, open_gates
+from trainee import TowerTrainee, Trainee, initialise, make_collator, make_config, make_tokenizer, open_gates
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sfexport.demo.world import TRAINING_SEEDS
-from sfexport.graphs.fast_path import fast_token_count
 from sfexport.model import LlavaQwenSlowFastForCausalLM
 from sfexport.model.activations import ReleaseSReLU
-from sfexport.model.srelu import srelu_modules
+from sfexport.model.srelu import parameter_groups, srelu_modules
 from sfexport.qa.prompt import ChatTokenizer
-
-SLOW_TOKENS_PER_FRAME = 9
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,14 @@ class LogLines(TrainerCallback):
 
 def optimiser(trainee: nn.Module, stage: Stage) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW; no decay on one-dimensional parameters (SReLU's among them); the tower learns more slowly."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in trainee.named_parameters():
-        groups.setdefault(("vision_tower" in name, parameter.ndim > 1), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": stage.rate * (stage.tower_factor if is_tower else 1),
-                "weight_decay": 0.05 if decays else 0,
-            }
-            for (is_tower, decays), parameters in groups.items()
-        ],
-        betas=(0.9, 0.98),
-    )
+    in_tower = {id(p) for p in trainee.lm.model.vision_tower.parameters()}
+    groups = []
+    for group in parameter_groups(trainee, weight_decay=0.05):
+        for is_tower in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in in_tower) == is_tower]
+            rate = stage.rate * (stage.tower_factor if is_tower else 1)
+            groups.append(group | {"params": parameters, "lr": rate})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     warm_up = 100
 
     def factor(step: int) -> float:
@@ -137,9 +128,6 @@ def run_stage(stage: Stage, lm: LlavaQwenSlowFastForCausalLM, out: Path, tokeniz
     set_seed(stage.seed)
     is_tower = stage.name == "tower"
     trainee = TowerTrainee(lm) if is_tower else Trainee(lm, stage.auxiliary, stage.cells)
-    fast = fast_token_count(16, SLOW_TOKENS_PER_FRAME, lm.config.facts.slow_fast.fast)
-    has_slow = bool(lm.config.facts.slow_fast.hybrid_layers)
-    collator = Collator(tokenizer.prompt("?").before, fast, stage.slow_dropout if has_slow else 0.0)
     clips = Clips(
         TRAINING_SEEDS[stage.seed],
         stage.steps * stage.batch,
@@ -171,7 +159,7 @@ def run_stage(stage: Stage, lm: LlavaQwenSlowFastForCausalLM, out: Path, tokeniz
         model=trainee,
         args=arguments,
         train_dataset=clips,
-        data_collator=collator,
+        data_collator=make_collator(lm, tokenizer, stage.slow_dropout),
         optimizers=optimiser(trainee, stage),
         callbacks=callbacks,
     )

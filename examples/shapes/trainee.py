@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from packing import HEADS, IGNORED
+from packing import HEADS, IGNORED, Collator
 from tokenizers import Tokenizer as BpeTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from sfexport.demo.checkpoint import demo_config
 from sfexport.demo.corpus import CORPUS
 from sfexport.demo.tokenizer import train_tokenizer
-from sfexport.demo.world import FRAMES, make_scene
+from sfexport.demo.world import FRAMES, SIZE, make_scene
+from sfexport.graphs.fast_path import fast_token_count
 from sfexport.model import LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM
 from sfexport.model.compressor import fast_tokens, slow_tokens
 from sfexport.model.hybrid_decoder import SlowBranch
 from sfexport.model.vision import ConvNextBlock
+from sfexport.qa.prompt import ChatTokenizer
 from sfexport.towers import ConvNextTower
 
 TOWER = ConvNextTower(depths=(1, 2), widths=(32, 96), stem_patch=4, kernel=7)
@@ -58,6 +60,14 @@ def make_config(projector: str, hybrid: bool) -> LlavaQwenSlowFastConfig:
     config = LlavaQwenSlowFastConfig(**fields)
     config.set_tower(TOWER)
     return config
+
+
+def make_collator(lm: LlavaQwenSlowFastForCausalLM, tokenizer: ChatTokenizer, slow_dropout: float = 0.0) -> Collator:
+    """Packs questions behind as many fast tokens as the model makes of a clip."""
+    facts = lm.config.facts.slow_fast
+    cells = (TOWER.grid(SIZE) // facts.video_pooling_stride) ** 2
+    fast = fast_token_count(FRAMES, cells, facts.fast)
+    return Collator(tokenizer.prompt("?").before, fast, slow_dropout if facts.hybrid_layers else 0.0)
 
 
 def initialise(model: nn.Module) -> None:

@@ -1,1 +1,1 @@
-"""The demo's assets, made on the spot: a tiny random checkpoint in the released layout and a short clip."""
+"""The demo: its world of clips, the shipped model, and going the whole way once. A random checkpoint for tests, too."""

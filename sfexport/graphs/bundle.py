@@ -29,7 +29,6 @@ from sfexport.manifest import (
     Bundle,
     describe_embedding,
     describe_files,
-    describe_image,
     describe_shard,
     place,
     write_manifest,
@@ -185,7 +184,7 @@ def _write_manifest(
     side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.facts.slow_fast.video_pooling_stride
     content = {
         "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},
-        "image": describe_image(checkpoint.image),
+        "image": asdict(checkpoint.image),
         "tokens_per_frame": {"image": side**2, "video": (side // pooling) ** 2},
         "options": {"precision": "fp32", "frames": frames, "weights": "copy" if copied else "reference"},
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},

@@ -2,7 +2,7 @@
 
 ONNX Runtime inlines the body; TensorRT launches sfexport's plugin instead. Which of the two TensorRT takes
 depends on its version: it looks for `plugin_namespace` and `plugin_version` on the node, and before 10.7
-prefers the body (see graphs.bundle for the sibling file without functions).
+prefers the body (a file without functions is what such a version needs).
 
 Inputs  query    [B, heads, S, d]      after RoPE, times 1/sqrt(d)
         key      [B, kv heads, T, d]   value likewise; heads are consecutive groups of kv heads
