@@ -75,7 +75,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows. Shapes and their colours are distinct, so are the flashes' colours and digits."""
+    """What a clip shows. Shapes and their colours are distinct, so are the flashes' colours and digits. No shape
+    stays hidden behind another."""
 
     things: tuple[Thing, ...]
     flashes: tuple[Flash, ...]
@@ -106,7 +107,10 @@ def make_scene(seed: int, index: int) -> Scene:
     count = int(rng.integers(1, 4))
     shapes = rng.permutation(SHAPES)[:count]
     colours = rng.permutation(list(COLOURS))[:count]
-    things = tuple(_make_thing(rng, str(s), str(c)) for s, c in zip(shapes, colours, strict=True))
+    things = _make_things(rng, shapes, colours)
+    # A shape that stays behind another has no answer in the clip.
+    while not _all_seen(things):
+        things = _make_things(rng, shapes, colours)
     events = int(rng.integers(1, 4))
     columns = (
         rng.permutation(FRAMES)[:events],
@@ -116,6 +120,22 @@ def make_scene(seed: int, index: int) -> Scene:
     )
     flashes = (Flash(int(f), str(c), str(d), str(k)) for f, c, d, k in zip(*columns, strict=True))
     return Scene(things, tuple(sorted(flashes, key=lambda flash: flash.frame)))
+
+
+def _make_things(rng: np.random.Generator, shapes: np.ndarray, colours: np.ndarray) -> tuple[Thing, ...]:
+    return tuple(_make_thing(rng, str(s), str(c)) for s, c in zip(shapes, colours, strict=True))
+
+
+def _all_seen(things: tuple[Thing, ...]) -> bool:
+    """Whether more than 60 % of every thing is uncovered in at least half of the frames. Later ones are on top."""
+    above = np.zeros((FRAMES, SIZE, SIZE), dtype=bool)
+    for thing in reversed(things):
+        cover = _cover(thing)
+        seen = (cover & ~above).sum((1, 2)) > 0.6 * cover.sum((1, 2))
+        if seen.mean() < 0.5:
+            return False
+        above |= cover
+    return True
 
 
 def _make_thing(rng: np.random.Generator, shape: str, colour: str) -> Thing:
