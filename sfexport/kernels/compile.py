@@ -1,0 +1,189 @@
+"""Ahead-of-time compilation: Triton kernel -> PTX for a given GPU, on a machine without one. Imports triton, lazily.
+
+Triton's own launcher passes two more pointers than the kernel declares (global and profile scratch); ours are of
+size 0 and unused, so they are taken out of the PTX for launchers that know nothing of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sfexport.errors import MissingDependency, SfexportError
+from sfexport.kernels.plan import COMBINE_POSITIONS, COMBINE_WARPS, tiles_for
+
+SHARED_LIMIT = 48 << 10  # bytes a launch may ask for without an opt-in, which ahead-of-time plugins cannot make
+INSTALL = "pip install 'sfexport[tensorrt]'"
+_POINTERS = {
+    "cross_attention_split": {
+        "query": "{t}",
+        "key": "{t}",
+        "value": "{t}",
+        "attends": "i1",
+        "lengths": "i64",
+        "partial": "fp32",
+        "logsumexp": "fp32",
+    },
+    "cross_attention_combine": {
+        "query": "{t}",
+        "partial": "fp32",
+        "logsumexp": "fp32",
+        "attends": "i1",
+        "output": "{t}",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        name: its entry point. ptx: text, for `sm`. threads: per block. shared: dynamic shared memory, bytes.
+    """
+
+    name: str
+    ptx: str
+    threads: int
+    shared: int
+    sm: int
+    dtype: str
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a kernel: registers per thread, bytes of static shared memory, bytes spilled."""
+
+    registers: int
+    static_shared: int
+    spill_stores: int
+    spill_loads: int
+
+
+def triton_version() -> str:
+    return _triton().__version__
+
+
+def _triton() -> Any:
+    try:
+        import triton
+    except ImportError:
+        raise MissingDependency("triton", "Compiling the cross-attention kernel", INSTALL) from None
+    return triton
+
+
+@cache
+def compile_kernels(dtype: str, head_dim: int, sm: int, ptx_isa: int) -> tuple[Kernel, Kernel]:
+    """cross_attention_split and cross_attention_combine.
+
+    Args:
+        dtype: 'fp16', 'bf16' or 'fp32', of query, key, value and output.
+        sm: compute capability times 10. ptx_isa: newest PTX version the target's driver takes, times 10.
+
+    Raises:
+        InputError: no such kernel. MissingDependency: triton. SfexportError: it does not compile.
+    """
+    tiles = tiles_for(dtype, head_dim, sm)
+    split = {"D": head_dim, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens}
+    combine = {"D": head_dim, "BLOCK_S": COMBINE_POSITIONS}
+    return (
+        _compile("cross_attention_split", split, tiles.warps, tiles.stages, dtype, head_dim, sm, ptx_isa),
+        _compile("cross_attention_combine", combine, COMBINE_WARPS, 2, dtype, head_dim, sm, ptx_isa),
+    )
+
+
+def _compile(
+    name: str, constants: dict[str, int], warps: int, stages: int, dtype: str, head_dim: int, sm: int, ptx_isa: int
+) -> Kernel:
+    triton = _triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # Line information would carry this machine's paths into every engine.
+    triton.knobs.compilation.disable_line_info = True
+    from sfexport.kernels import cross_attention
+
+    function = getattr(cross_attention, name)
+    pointers = {k: "*" + t.format(t=dtype) for k, t in _POINTERS[name].items()}
+    signature = {p: pointers.get(p, "constexpr" if p in constants else "i32") for p in function.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(signature) if p in pointers}
+    options = {"num_warps": warps, "num_stages": stages, "ptx_version": ptx_isa, "enable_fp_fusion": True}
+    try:
+        source = ASTSource(function, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    except Exception as error:  # its compiler's exceptions share no base class
+        message = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise SfexportError(
+            f"Triton {triton.__version__} cannot compile {name} for SM {sm / 10:.1f}: {message[0]}"
+        ) from error
+    ptx = without_scratch(compiled.asm["ptx"], name, len(signature) - len(constants))
+    return Kernel(name, ptx, 32 * warps, compiled.metadata.shared, sm, dtype, head_dim)
+
+
+def without_scratch(ptx: str, name: str, parameters: int) -> str:
+    """The PTX of kernel `name` with only its first `parameters` parameters.
+
+    Raises:
+        SfexportError: one that would be removed is used.
+    """
+    extra = re.findall(rf"\.param [^\n]*?({name}_param_(\d+))\b", ptx)
+    for parameter, number in extra:
+        if int(number) < parameters:
+            continue
+        if len(re.findall(rf"\b{parameter}\b", ptx)) > 1:
+            raise SfexportError(
+                f"The kernel {name} uses Triton's scratch memory, which an engine cannot give it.",
+                "This is a bug in sfexport; please report it with your Triton version.",
+            )
+        ptx = re.sub(rf",\s*\.param [^\n]*?{parameter}\b", "", ptx)
+    return ptx
+
+
+def ptx_version(ptx: str) -> str:
+    """The PTX ISA a text asks for."""
+    return re.search(r"\.version (\S+)", ptx).group(1)
+
+
+def find_ptxas(sm: int) -> str | None:
+    """NVIDIA's assembler: Triton brings one, a CUDA toolkit too. None where there is neither."""
+    try:
+        bundled = Path(_triton().__file__).parent / "backends/nvidia/bin"
+    except MissingDependency:
+        return shutil.which("ptxas")
+    name = "ptxas-blackwell" if sm >= 100 else "ptxas"
+    return next((str(p) for p in (bundled / name, bundled / "ptxas") if os.access(p, os.X_OK)), shutil.which("ptxas"))
+
+
+def assemble(kernel: Kernel, ptxas: str) -> Resources:
+    """Assemble for the kernel's GPU and read the report.
+
+    Raises:
+        SfexportError: ptxas refuses the PTX.
+    """
+    architecture = re.search(r"\.target (\w+)", kernel.ptx).group(1)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(kernel.ptx)
+        command = [ptxas, "-v", f"-arch={architecture}", str(file), "-o", os.devnull]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise SfexportError(f"ptxas refuses {kernel.name} for {architecture}: {run.stderr.strip()}")
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, run.stderr)
+        return int(found.group(1)) if found else 0
+
+    return Resources(
+        registers=number(r"Used (\d+) registers"),
+        static_shared=number(r"(\d+) bytes smem"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+    )

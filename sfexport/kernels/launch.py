@@ -1,0 +1,89 @@
+"""Running the kernels on torch tensors: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+
+For tests, checks and benchmarks; engines launch the compiled PTX themselves. Imports torch and triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sfexport.kernels.cross_attention import cross_attention_combine, cross_attention_split
+from sfexport.kernels.plan import COMBINE_POSITIONS, COMBINE_WARPS, Integers, Launch, Tiles, plan_combine, plan_split
+
+
+def cross_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attends: torch.Tensor,
+    lengths: torch.Tensor,
+    tiles: Tiles,
+    multiprocessors: int,
+) -> torch.Tensor:
+    """context [B, S, heads * d] in query's type, as the node CrossAttention defines it.
+
+    Args:
+        query: [B, heads, S, d], times 1/sqrt(d). key, value: [B, kv heads, T, d]. All contiguous.
+        attends: bool [B, S]. lengths: int64 [B].
+        multiprocessors: how many programs to make: the GPU's count, or any number for a test.
+    """
+    split = plan_split(Integers(), query.shape, key.shape, tiles, multiprocessors)
+    combine = plan_combine(Integers(), query.shape, split.outputs[0])
+    # Poisoned, so that reading what no program wrote shows.
+    nan = {"fill_value": float("nan"), "device": query.device}
+    partial, logsumexp = (torch.full(shape, dtype=torch.float32, **nan) for shape in split.outputs)
+    output = torch.full(combine.outputs[0], dtype=query.dtype, **nan)
+    launch_split(query, key, value, attends, lengths, partial, logsumexp, split, tiles)
+    launch_combine(query, partial, logsumexp, attends, output, combine)
+    return output
+
+
+def launch_split(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attends: torch.Tensor,
+    lengths: torch.Tensor,
+    partial: torch.Tensor,
+    logsumexp: torch.Tensor,
+    launch: Launch,
+    tiles: Tiles,
+) -> None:
+    """Fill `partial` and `logsumexp`, of plan_split's shapes."""
+    cross_attention_split[launch.grid](
+        query,
+        key,
+        value,
+        attends,
+        lengths,
+        *launch.arguments,
+        partial,
+        logsumexp,
+        D=query.shape[3],
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.tokens,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def launch_combine(
+    query: torch.Tensor,
+    partial: torch.Tensor,
+    logsumexp: torch.Tensor,
+    attends: torch.Tensor,
+    output: torch.Tensor,
+    launch: Launch,
+) -> None:
+    """Fill `output` [B, S, heads * d]."""
+    cross_attention_combine[launch.grid](
+        query,
+        partial,
+        logsumexp,
+        attends,
+        *launch.arguments,
+        output,
+        D=query.shape[3],
+        BLOCK_S=COMBINE_POSITIONS,
+        num_warps=COMBINE_WARPS,
+    )
