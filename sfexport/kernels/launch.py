@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 
 from sfexport.kernels.cross_attention import cross_attention_combine, cross_attention_split
-from sfexport.kernels.plan import COMBINE_POSITIONS, COMBINE_WARPS, Integers, Launch, Tiles, plan_combine, plan_split
+from sfexport.kernels.plan import (
+    COMBINE_POSITIONS,
+    COMBINE_WARPS,
+    Integers,
+    Launch,
+    Tiles,
+    combine_outputs,
+    plan_combine,
+    plan_split,
+    split_outputs,
+)
 
 
 def cross_attention(
@@ -27,12 +37,13 @@ def cross_attention(
         attends: bool [B, S]. lengths: int64 [B].
         multiprocessors: how many programs to make: the GPU's count, or any number for a test.
     """
+    split_shapes = split_outputs(Integers(), query.shape, key.shape, multiprocessors)
     split = plan_split(Integers(), query.shape, key.shape, tiles, multiprocessors)
-    combine = plan_combine(Integers(), query.shape, split.outputs[0])
+    combine = plan_combine(Integers(), query.shape, split_shapes[0])
     # Poisoned, so that reading what no program wrote shows.
     nan = {"fill_value": float("nan"), "device": query.device}
-    partial, logsumexp = (torch.full(shape, dtype=torch.float32, **nan) for shape in split.outputs)
-    output = torch.full(combine.outputs[0], dtype=query.dtype, **nan)
+    partial, logsumexp = (torch.full(shape, dtype=torch.float32, **nan) for shape in split_shapes)
+    (output,) = (torch.full(s, dtype=query.dtype, **nan) for s in combine_outputs(Integers(), query.shape))
     launch_split(query, key, value, attends, lengths, partial, logsumexp, split, tiles)
     launch_combine(query, partial, logsumexp, attends, output, combine)
     return output
@@ -49,7 +60,7 @@ def launch_split(
     launch: Launch,
     tiles: Tiles,
 ) -> None:
-    """Fill `partial` and `logsumexp`, of plan_split's shapes."""
+    """Fill `partial` and `logsumexp`, of split_outputs' shapes."""
     cross_attention_split[launch.grid](
         query,
         key,

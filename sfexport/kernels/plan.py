@@ -15,8 +15,11 @@ HEAD_DIMS = (32, 64, 128)
 SMS = (80, 87, 89, 90, 100, 110, 120)  # the GPUs that kernels are compiled for
 PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as fit at the shared memory and registers that the kernels take
 SMALLEST_SHARE = 128  # slow tokens that are worth a program of their own
-COMBINE_POSITIONS = 8
-COMBINE_WARPS = 2
+# Row tiles are counted in these when the splits are chosen, whatever the type's own tile: a plugin must know its
+# outputs' shapes before it knows the type.
+NOMINAL_ROWS = 64
+COMBINE_POSITIONS = 4
+COMBINE_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -84,46 +87,50 @@ class Integers:
         return max(a, b)
 
 
+Shapes = tuple[tuple[Any, ...], ...]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch for one set of shapes; entries are integers or TensorRT's symbols.
 
     Attributes:
-        arguments: int32 arguments between the kernel's inputs and its outputs. outputs: the outputs' shapes.
+        arguments: int32 arguments between the kernel's inputs and its outputs.
     """
 
     grid: tuple[Any, Any, Any]
     arguments: tuple[Any, ...]
-    outputs: tuple[tuple[Any, ...], ...]
 
 
-def plan_split(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> Launch:
-    """cross_attention_split for query [B, heads, S, d] and key [B, kv heads, T, d].
+def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors: int) -> Shapes:
+    """cross_attention_split's outputs for query [B, heads, S, d] and key [B, kv heads, T, d].
 
-    Row tiles of all heads and samples come first; what they leave of the GPU is filled by splitting the slow tokens,
-    down to SMALLEST_SHARE each. Outputs: partial [B * kv heads, splits, group * S, d] and logsumexp, without d.
+    partial [B * kv heads, splits, group * S, d] and logsumexp, the same without d. Row tiles of all heads and samples
+    come first; what they leave of the GPU is filled by splitting the slow tokens, down to SMALLEST_SHARE each.
     """
     a = arithmetic
     batch, heads, sequence, width = (query[i] for i in range(4))
-    kv_heads, slow = key[1], key[2]
-    pairs, rows = a.product(batch, kv_heads), a.product(a.floordiv(heads, kv_heads), sequence)
-    row_tiles = a.cdiv(rows, tiles.rows)
-    room = a.floordiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, a.product(pairs, row_tiles))
-    splits = a.maximum(1, a.minimum(room, a.cdiv(slow, SMALLEST_SHARE)))
-    return Launch(
-        grid=(row_tiles, splits, pairs),
-        arguments=(sequence, rows, slow, kv_heads),
-        outputs=((pairs, splits, rows, width), (pairs, splits, rows)),
-    )
+    pairs, rows = a.product(batch, key[1]), a.product(a.floordiv(heads, key[1]), sequence)
+    programs = a.product(pairs, a.cdiv(rows, NOMINAL_ROWS))
+    room = a.floordiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
+    splits = a.maximum(1, a.minimum(room, a.cdiv(key[2], SMALLEST_SHARE)))
+    return (pairs, splits, rows, width), (pairs, splits, rows)
+
+
+def plan_split(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> Launch:
+    """cross_attention_split's launch for query [B, heads, S, d] and key [B, kv heads, T, d]."""
+    (pairs, splits, rows, _), _ = split_outputs(arithmetic, query, key, multiprocessors)
+    grid = (arithmetic.cdiv(rows, tiles.rows), splits, pairs)
+    return Launch(grid, arguments=(query[2], rows, key[2], key[1]))
+
+
+def combine_outputs(arithmetic: Arithmetic, query: Any) -> Shapes:
+    """cross_attention_combine's output for query [B, heads, S, d]: [B, S, heads * d]."""
+    return ((query[0], query[2], arithmetic.product(query[1], query[3])),)
 
 
 def plan_combine(arithmetic: Arithmetic, query: Any, partial: Any) -> Launch:
-    """cross_attention_combine for query [B, heads, S, d] and plan_split's partial. Output: [B, S, heads * d]."""
-    a = arithmetic
-    batch, heads, sequence, width = (query[i] for i in range(4))
-    splits, rows = partial[1], partial[2]
-    return Launch(
-        grid=(a.cdiv(sequence, COMBINE_POSITIONS), heads, batch),
-        arguments=(sequence, splits, a.floordiv(rows, sequence)),
-        outputs=((batch, sequence, a.product(heads, width)),),
-    )
+    """cross_attention_combine's launch for query [B, heads, S, d] and cross_attention_split's partial."""
+    batch, heads, sequence = (query[i] for i in range(3))
+    grid = (arithmetic.cdiv(sequence, COMBINE_POSITIONS), heads, batch)
+    return Launch(grid, arguments=(sequence, partial[1], arithmetic.floordiv(partial[2], sequence)))

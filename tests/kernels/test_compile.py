@@ -17,7 +17,17 @@ from sfexport.kernels.compile import (
     ptx_version,
     without_scratch,
 )
-from sfexport.kernels.plan import DTYPES, HEAD_DIMS, SMS, Integers, plan_combine, plan_split, tiles_for
+from sfexport.kernels.plan import (
+    DTYPES,
+    HEAD_DIMS,
+    SMS,
+    Integers,
+    combine_outputs,
+    plan_combine,
+    plan_split,
+    split_outputs,
+    tiles_for,
+)
 
 triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")
 # The 7B model's heads for every GPU and type; the small ones, which take fewer resources, for one.
@@ -73,7 +83,9 @@ def test_launches_cover_all_rows_and_fill_without_crumbs(batch, kv_heads, group,
     row_tiles, splits, pairs = split.grid
     assert row_tiles * tiles.rows >= group * sequence > (row_tiles - 1) * tiles.rows
     assert pairs == batch * kv_heads and 1 <= splits <= max(1, -(-slow // 128))
-    assert splits == 1 or row_tiles * splits * pairs <= 2 * multiprocessors
-    combine = plan_combine(Integers(), query, split.outputs[0])
+    assert splits == 1 or -(-group * sequence // 64) * splits * pairs <= 2 * multiprocessors
+    partial, logsumexp = split_outputs(Integers(), query, key, multiprocessors)
+    assert partial == (pairs, splits, group * sequence, 128) and logsumexp == partial[:3]
+    combine = plan_combine(Integers(), query, partial)
     assert combine.arguments == (sequence, splits, group)
-    assert combine.outputs == ((batch, sequence, kv_heads * group * 128),)
+    assert combine_outputs(Integers(), query) == ((batch, sequence, kv_heads * group * 128),)

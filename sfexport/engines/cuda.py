@@ -1,0 +1,140 @@
+"""CUDA's driver API through cuda-python: memory, copies and launches, every call checked. No torch.
+
+The only file that imports cuda-python (lazily). Used by the TensorRT backend and by the Python plugin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from sfexport.errors import MissingDependency, SfexportError
+
+INSTALL = "pip install 'sfexport[tensorrt]'"
+NO_DRIVER = "On a Jetson it comes with JetPack; elsewhere install NVIDIA's driver. See `sfexport doctor`."
+
+
+def bindings() -> Any:
+    """cuda-python's driver module, under the name that this version gives it."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        try:
+            from cuda import cuda as driver
+        except ImportError:
+            raise MissingDependency("cuda-python", "Running TensorRT engines", INSTALL) from None
+    return driver
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """One driver call; its result, or a tuple of its results, or None.
+
+    Raises:
+        SfexportError: there is no driver, or the call failed.
+    """
+    driver = bindings()
+    try:
+        status, *results = getattr(driver, name)(*arguments)
+    except RuntimeError as error:  # libcuda cannot be loaded
+        raise SfexportError(f"There is no NVIDIA driver on this machine ({error}).", NO_DRIVER) from None
+    if int(status) != 0:
+        raise SfexportError(f"CUDA's {name} failed: {_error_text(driver, status)}.", _hint(status))
+    if not results:
+        return None
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _error_text(driver: Any, status: Any) -> str:
+    failed, text = driver.cuGetErrorString(status)
+    return str(status) if int(failed) or not text else f"{text.decode()} ({int(status)})"
+
+
+def _hint(status: Any) -> str:
+    if int(status) == 2:
+        return "The GPU's memory is full: close other programs, or use fewer frames (--frames)."
+    if int(status) in (209, 218, 222):
+        return "The kernel was compiled for another GPU or a newer driver: build the engines again on this machine."
+    return NO_DRIVER if int(status) in (100, 101, 803) else ""
+
+
+@cache
+def initialise(device: int = 0) -> None:
+    """Make the device's primary context current, as TensorRT uses it.
+
+    Raises:
+        SfexportError: no driver or no GPU.
+    """
+    call("cuInit", 0)
+    if call("cuDeviceGetCount") <= device:
+        raise SfexportError("The NVIDIA driver finds no GPU.", NO_DRIVER)
+    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device)))
+
+
+@cache
+def device_sm(device: int = 0) -> int:
+    """Compute capability times 10."""
+    attribute = bindings().CUdevice_attribute
+    handle = call("cuDeviceGet", device)
+    major = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
+    minor = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
+    return 10 * major + minor
+
+
+class Stream:
+    """A CUDA stream. `handle` is the integer that TensorRT takes."""
+
+    def __init__(self) -> None:
+        self._stream = call("cuStreamCreate", 1)  # does not wait for the default stream
+        self.handle = int(self._stream)
+
+    def synchronize(self) -> None:
+        call("cuStreamSynchronize", self._stream)
+
+    def to_device(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Copy a contiguous host array to the start of a buffer. The array must live until synchronize."""
+        call("cuMemcpyHtoDAsync", buffer.pointer, array.ctypes.data, array.nbytes, self._stream)
+
+    def to_host(self, array: np.ndarray, buffer: Buffer) -> None:
+        """Copy the start of a buffer into a contiguous host array. It is there after synchronize."""
+        call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.pointer, array.nbytes, self._stream)
+
+    def close(self) -> None:
+        call("cuStreamDestroy", self._stream)
+
+
+class Buffer:
+    """Device memory of a fixed size, in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        self.pointer = int(call("cuMemAlloc", self.size))
+
+    def free(self) -> None:
+        call("cuMemFree", self.pointer)
+
+
+class Function:
+    """A kernel of a PTX text, loaded in the current context.
+
+    Args:
+        threads: per block. shared: dynamic shared memory in bytes.
+    """
+
+    def __init__(self, ptx: str, name: str, threads: int, shared: int) -> None:
+        # The text must end with a zero byte.
+        self._module = call("cuModuleLoadData", ptx.encode() + b"\0")
+        self._function = call("cuModuleGetFunction", self._module, name.encode())
+        self._threads, self._shared = threads, shared
+
+    def launch(
+        self, grid: Sequence[int], inputs: Sequence[int], integers: Sequence[int], outputs: Sequence[int], stream: int
+    ) -> None:
+        """Launch with pointers, int32 values, pointers. Returns at once."""
+        values = (*inputs, *integers, *outputs)
+        types = [ctypes.c_void_p] * len(inputs) + [ctypes.c_int32] * len(integers) + [ctypes.c_void_p] * len(outputs)
+        block = (self._threads, 1, 1)
+        call("cuLaunchKernel", self._function, *grid, *block, self._shared, stream, (values, tuple(types)), 0)
