@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all. May import sfexport.errors only."""
+"""Directories and files that appear whole or not at all. May import sfexport.errors only."""
 
 from __future__ import annotations
 
@@ -99,3 +99,10 @@ def _replace(temporary: Path, target: Path) -> None:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write or replace a small file in one step. Raises OSError where it cannot be written."""
+    with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", dir=target.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, target)

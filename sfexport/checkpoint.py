@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -141,6 +142,12 @@ class Checkpoint:
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors this model must have."""
         return self.facts.expected_tensors() | self.tower.expected_tensors()
+
+    @property
+    def half_precision(self) -> str:
+        """The 16-bit type that fits the weights best: their own where most are stored so, else fp16."""
+        stored = Counter(t.dtype for t in self.tensors.values())
+        return "bf16" if stored["BF16"] > stored["F16"] + stored["F32"] else "fp16"
 
     def unused_tensors(self) -> list[str]:
         """Tensors that the reference stores and never uses (the tower's head)."""

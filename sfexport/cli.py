@@ -97,14 +97,23 @@ def demo(ctx: click.Context, output: Path) -> None:
     show_default=True,
     help="Point into the checkpoint's shards (reference), take them along (copy), or copy up to 64 MB (auto).",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What the graphs compute in, whatever the weights are stored in.",
+)
 @json_option
-def export(checkpoint: Path, output: Path | None, frames: int | None, weights: str, as_json: bool) -> None:
+def export(
+    checkpoint: Path, output: Path | None, frames: int | None, weights: str, precision: str, as_json: bool
+) -> None:
     """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small."""
     from sfexport.checkpoint import Checkpoint
     from sfexport.graphs.bundle import ExportOptions, export
     from sfexport.inspection import inspect
 
-    options = ExportOptions(frames=frames, weights=weights)
+    options = ExportOptions(frames=frames, weights=weights, precision=precision)
     output = output or Path(f"{_name(checkpoint)}-bundle")
     bundle = export(Checkpoint.open(checkpoint), output, options, console.step)
     if as_json:
@@ -117,7 +126,10 @@ def export(checkpoint: Path, output: Path | None, frames: int | None, weights: s
 
 
 @_with_examples(
-    "sfexport build ./bundle -o ./engines", "sfexport build ./checkpoint", "sfexport build ./bundle --backend torch"
+    "sfexport build ./checkpoint",
+    "sfexport build ./bundle -o ./engines --backend onnxruntime",
+    "sfexport build ./checkpoint --target jetson-orin-agx-64 --check -o ./for-the-orin",
+    "sfexport build ./checkpoint --backend tensorrt --frames 96 --max-new-tokens 512",
 )
 @main.command()
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=DIRECTORY)
@@ -126,22 +138,66 @@ def export(checkpoint: Path, output: Path | None, frames: int | None, weights: s
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
+    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
     default="auto",
     show_default=True,
-    help="What runs the graphs; torch is the PyTorch model itself, for comparison.",
+    help="What runs the graphs: TensorRT where it is installed beside a GPU, else ONNX Runtime (auto); torch is the "
+    "PyTorch model itself, for comparison.",
+)
+@click.option("--target", help="The machine TensorRT engines are for, as in 'sfexport doctor'.  [default: this one]")
+@click.option("--jetpack", help="The target's JetPack, for --check.  [default: the target's]")
+@click.option("--check", is_flag=True, help="Build nothing: check a TensorRT build for --target, on any machine.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="For a CHECKPOINT. auto: for TensorRT the weights' own type (fp16 for fp32 weights), else fp32.",
+)
+@click.option("--frames", type=int, help="Most frames of a video (TensorRT).  [default: the bundle's]")
+@click.option("--max-question-tokens", type=int, help="Most text tokens of a prompt (TensorRT).  [default: 512]")
+@click.option("--max-new-tokens", type=int, help="Most tokens of an answer (TensorRT).  [default: 256]")
+@click.option("--kernels", type=DIRECTORY, help="Kernels compiled by --check elsewhere (TensorRT without Triton).")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="TensorRT's: 0 builds fastest, 5 runs fastest.  [default: TensorRT's]",
 )
 @click.option("--force", is_flag=True, help="Build even if the weights do not seem to fit into memory.")
 @json_option
-def build(source: Path, output: Path | None, backend: str, force: bool, as_json: bool) -> None:
-    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first)."""
+@click.pass_context
+def build(
+    ctx: click.Context,
+    source: Path,
+    output: Path | None,
+    backend: str,
+    target: str | None,
+    jetpack: str | None,
+    check: bool,
+    precision: str,
+    force: bool,
+    as_json: bool,
+    **tensorrt: Any,
+) -> None:
+    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first).
+
+    With --check: what a TensorRT build for --target will meet, without the target; -o then names a directory to take
+    there. Exits with 1 if there is a gap.
+    """
     from sfexport.engines.build import build, choose_backend, engine_name
+    from sfexport.graphs.source import bundle_from
     from sfexport.inspection import inspect
 
-    backend = choose_backend(backend)
+    options = _tensorrt_options(target, jetpack, tensorrt)
+    if check:
+        passed = _check_build(source, output, precision, options, as_json)
+        ctx.exit(0 if passed else 1)
+    backend = choose_backend("tensorrt" if target and backend == "auto" else backend)
     beside = Path(f"{_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
-    output = output or Path(f"{_name(source)}-engines") / engine_name(backend)
-    engines = build(_bundle_for(source, beside, output), output, backend, console.step, force)
+    output = output or Path(f"{_name(source)}-engines") / engine_name(backend, target)
+    bundle = bundle_from(source, beside, output, precision, backend == "tensorrt", report=console.step)
+    with console.build_progress() as on_progress:
+        engines = build(bundle, output, backend, console.step, force, options, on_progress)
     if as_json:
         click.echo(json.dumps(inspect(engines.path)))
         return
@@ -149,18 +205,51 @@ def build(source: Path, output: Path | None, backend: str, force: bool, as_json:
     console.say(f"next: sfexport ask {output} VIDEO -q 'What happens in the video?'", err=False)
 
 
-def _bundle_for(source: Path, beside: Path, output: Path) -> Any:
-    """The bundle itself, or a checkpoint's, exported to `beside`."""
-    from sfexport.atomic import check_output
-    from sfexport.checkpoint import Checkpoint
-    from sfexport.graphs.bundle import ExportOptions, export
-    from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle
+def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, Any]) -> Any:
+    from sfexport.engines.build_tensorrt import TensorRTOptions
+    from sfexport.engines.targets import find_target
+    from sfexport.errors import InputError
 
-    if (source / BUNDLE_FILE).is_file():
-        return Bundle.open(source)
-    checkpoint = Checkpoint.open(source)
-    check_output(output, ENGINE_FILE)
-    return export(checkpoint, beside, ExportOptions(), console.step)
+    if jetpack and not target:
+        raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
+    return TensorRTOptions(
+        target=find_target(target, jetpack) if target else None,
+        frames=given["frames"],
+        question_tokens=given["max_question_tokens"],
+        new_tokens=given["max_new_tokens"],
+        kernels=given["kernels"],
+        optimization_level=given["optimization_level"],
+    )
+
+
+def _check_build(source: Path, output: Path | None, precision: str, options: Any, as_json: bool) -> bool:
+    """Print what a build for the target will meet; write a directory for it where one is asked for."""
+    from tempfile import TemporaryDirectory
+
+    from sfexport.engines.readiness import KIT_FILE, check_build, write_kit
+    from sfexport.errors import InputError
+    from sfexport.graphs.source import bundle_from
+
+    if options.target is None:
+        raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
+    with TemporaryDirectory() as folder:
+        beside = Path(folder) / "bundle"
+        bundle = bundle_from(source, beside, output, precision, half=True, ours=KIT_FILE, report=console.step)
+        readiness = check_build(bundle, options.target, options)
+    if output is not None:
+        write_kit(readiness, output)
+    if as_json:
+        click.echo(json.dumps(readiness.to_json()))
+        return readiness.passed
+    target = readiness.target
+    system = f"JetPack {target.jetpack}, " if target.jetpack else ""
+    title = (
+        f"{target.name}: {system}TensorRT {target.tensorrt}, {readiness.precision}, {readiness.limits.frames} frames"
+    )
+    console.table(title, ("what", "checked", "found", "verdict"), readiness.rows())
+    if output is not None:
+        console.say(f"taken along in {output}; on the target: {output.name}/build.sh CHECKPOINT", err=False)
+    return readiness.passed
 
 
 def _name(path: Path) -> str:
@@ -259,10 +348,8 @@ def inspect(path: Path, as_json: bool) -> None:
 )
 @click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
 @click.option("--max-new-tokens", type=int, default=16, show_default=True, help="Tokens per answer.")
-@click.option("--atol", type=float, default=1e-4, show_default=True, help="Absolute tolerance.")
-@click.option(
-    "--rtol", type=float, default=1e-4, show_default=True, help="Tolerance relative to the largest PyTorch value."
-)
+@click.option("--atol", type=float, help="Absolute tolerance.  [default: 1e-4 in fp32, more in fp16 and bf16]")
+@click.option("--rtol", type=float, help="Tolerance relative to the largest PyTorch value.  [default: as for --atol]")
 @json_option
 @click.pass_context
 def parity(
@@ -272,25 +359,46 @@ def parity(
     question: str,
     frames: int | None,
     max_new_tokens: int,
-    atol: float,
-    rtol: float,
+    atol: float | None,
+    rtol: float | None,
     as_json: bool,
 ) -> None:
     """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
 
     Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not.
     """
-    from sfexport.parity.compare import Tolerance
     from sfexport.parity.report import show
-    from sfexport.parity.run import run_parity
+    from sfexport.parity.run import run_parity, tolerance_for
     from sfexport.qa.pipeline import Pipeline
 
-    report = run_parity(
-        Pipeline.load(engines), video, question, frames, max_new_tokens, Tolerance(atol, rtol), console.step
-    )
+    pipeline = Pipeline.load(engines)
+    tolerance = tolerance_for(pipeline, atol, rtol)
+    report = run_parity(pipeline, video, question, frames, max_new_tokens, tolerance, console.step)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         show(report)
     if not report.passed:
         ctx.exit(1)
+
+
+@_with_examples("sfexport doctor", "sfexport doctor --target jetson-orin-agx-64 --json")
+@main.command()
+@click.option("--target", help="What engines are wanted for.  [default: this machine]")
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
+    """Show whether engines can be built and run here, and the commands that mend what is missing.
+
+    Exits with 0 if TensorRT engines can be built, or if there is no NVIDIA GPU and ONNX Runtime works, with 1 if not.
+    """
+    from sfexport.doctor import examine, show
+    from sfexport.engines.machine import look
+    from sfexport.engines.targets import find_target
+
+    report = examine(look(), find_target(target) if target else None)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        show(report)
+    ctx.exit(report.exit_code)

@@ -51,6 +51,41 @@ def _plain_progress(verb: str) -> Callable[[int, int], None]:
     return report
 
 
+@contextlib.contextmanager
+def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress display for a build's phases, which may lie within one another; reports (phase, done, total)."""
+    if not sys.stderr.isatty():
+        yield _plain_phases()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_rich(), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(_escape(phase), total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+            if done >= total:
+                progress.remove_task(tasks.pop(phase))
+
+        yield report
+
+
+def _plain_phases() -> Callable[[str, int, int], None]:
+    shown: dict[str, int] = {}
+
+    def report(phase: str, done: int, total: int) -> None:
+        # Only phases that take a while have many steps; a line per quarter.
+        quarter = 4 * done // total if total else 4
+        if total >= 8 and quarter > shown.get(phase, 0):
+            shown[phase] = quarter
+            say(f"{phase}: {done}/{total}")
+
+    return report
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout: rich on a terminal, aligned columns elsewhere."""
     cells = [[str(c) for c in row] for row in rows]

@@ -25,6 +25,8 @@ from sfexport.images import ImageFacts
 FORMAT = 1
 BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
 GRAPHS = ("vision_encoder", "compressor", "decoder")
+# What graphs compute in, and the bytes of one such number.
+PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
 AGAIN = "Run the command that wrote this directory again."
 
 
@@ -178,6 +180,11 @@ class Bundle:
         """Frames sampled from a video unless a question's caller says otherwise."""
         return self.content["options"]["frames"]
 
+    @property
+    def precision(self) -> str:
+        """What the graphs compute in: a key of PRECISIONS."""
+        return self.content["options"]["precision"]
+
     def tokens_per_frame(self, single_image: bool) -> int:
         """Slow tokens of a frame: pooled for a video, all for a single image."""
         return self.content["tokens_per_frame"]["image" if single_image else "video"]
@@ -215,6 +222,8 @@ class Bundle:
         self.tokens_per_frame(single_image=True), self.tokens_per_frame(single_image=False)
         if not isinstance(self.frames, int) or self.frames < 1:
             raise ValueError(f"its number of frames is {self.frames!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"its precision is {self.precision!r}")
         self.image, self.embedding(), self.facts
 
     def _check_shards(self) -> None:

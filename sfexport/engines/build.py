@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sfexport.atomic import new_directory
 from sfexport.engines.interface import Backend
-from sfexport.errors import InputError, SfexportError
+from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.manifest import (
     BUNDLE_FILE,
     ENGINE_FILE,
@@ -23,21 +23,36 @@ from sfexport.manifest import (
     write_manifest,
 )
 
-BACKENDS = ("onnxruntime", "torch")
+if TYPE_CHECKING:
+    from sfexport.engines.build_tensorrt import TensorRTOptions
+
+BACKENDS = ("onnxruntime", "tensorrt", "torch")
 Report = Callable[[str], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 def choose_backend(name: str) -> str:
-    """'auto' is ONNX Runtime: the TensorRT backend does not exist yet.
+    """'auto' is TensorRT where it is installed beside an NVIDIA driver, else ONNX Runtime.
 
     Raises:
         InputError: an unknown name.
     """
     if name == "auto":
-        return "onnxruntime"
+        return "tensorrt" if _has_tensorrt() else "onnxruntime"
     if name not in BACKENDS:
         raise InputError(f"Unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
     return name
+
+
+def _has_tensorrt() -> bool:
+    from sfexport.engines.tensorrt_library import check_driver, library
+
+    try:
+        library()
+        check_driver()
+    except SfexportError:
+        return False
+    return True
 
 
 def runtime_version(backend: str) -> str:
@@ -46,18 +61,34 @@ def runtime_version(backend: str) -> str:
         from sfexport.engines import torch_backend
 
         return torch_backend.runtime_version()
+    if backend == "tensorrt":
+        from sfexport.engines import tensorrt_library
+
+        return tensorrt_library.runtime_version()
     from sfexport.engines import onnxruntime_backend
 
     return onnxruntime_backend.runtime_version()
 
 
-def engine_name(backend: str) -> str:
-    """Directory name of an engine set: <target>-<runtime>-<version>."""
-    return f"cpu-{backend}-{runtime_version(backend)}"
+def engine_name(backend: str, target: str | None = None) -> str:
+    """Directory name of an engine set: <target>-<runtime>-<version>. TensorRT's default target is this machine."""
+    if backend == "tensorrt" and target is None:
+        from sfexport.engines.machine import look
+        from sfexport.engines.targets import match_machine
+
+        here = match_machine(look())
+        target = here.name if here else "gpu"
+    return f"{target or 'cpu'}-{backend}-{runtime_version(backend)}"
 
 
 def build(
-    bundle: Bundle, out: Path, backend: str = "auto", report: Report = lambda line: None, force: bool = False
+    bundle: Bundle,
+    out: Path,
+    backend: str = "auto",
+    report: Report = lambda line: None,
+    force: bool = False,
+    tensorrt: TensorRTOptions | None = None,
+    on_progress: OnProgress = lambda phase, done, total: None,
 ) -> Engines:
     """Write an engine directory; it appears whole or not at all.
 
@@ -66,6 +97,8 @@ def build(
 
     Args:
         force: build even if the memory estimate says that it will not fit.
+        tensorrt: how TensorRT engines are built; other backends take no notice.
+        on_progress: called with TensorRT's phase, its steps done and in all.
 
     Raises:
         SfexportError: the runtime refuses a graph, or the weights do not fit into memory.
@@ -73,48 +106,50 @@ def build(
     """
     backend = choose_backend(backend)
     version = runtime_version(backend)
-    if not force:
-        check_memory(bundle)
     with new_directory(out, ENGINE_FILE) as directory:
-        names: list[str] = []
-        if backend == "onnxruntime":
-            names = _build_onnxruntime(bundle, directory, report)
+        if backend == "tensorrt":
+            about = _build_tensorrt(bundle, directory, report, force, tensorrt, on_progress)
+        else:
+            about = _build_on_cpu(bundle, directory, backend, report, force)
         content = {
             "backend": backend,
-            "target": "cpu",
             "machine": platform.machine(),
             "runtime": {"name": backend, "version": version},
             "bundle": {**place(bundle.path, out), "sha256": file_sha256(bundle.path / BUNDLE_FILE)},
-            "files": describe_files(directory, names),
+            "files": describe_files(directory, sorted(file.name for file in directory.iterdir())),
         }
-        write_manifest(directory / ENGINE_FILE, content)
+        write_manifest(directory / ENGINE_FILE, content | about)
     return Engines.open(out)
 
 
-def check_memory(bundle: Bundle) -> None:
-    """Refuse what the machine's memory cannot hold, before a long load ends in a kill.
+def _build_tensorrt(
+    bundle: Bundle,
+    directory: Path,
+    report: Report,
+    force: bool,
+    options: TensorRTOptions | None,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    from sfexport.engines.build_tensorrt import TensorRTOptions, build_tensorrt
 
-    Both backends compute in float32 and hold the weights so, whatever type they are stored in.
-
-    Raises:
-        SfexportError: naming both sizes.
-    """
-    needed, available = 4 * bundle.content["weights"]["parameters"], _physical_memory()
-    if available is not None and needed > available:
-        raise SfexportError(
-            f"The weights take {needed / 1e9:.1f} GB in float32; this machine has {available / 1e9:.1f} GB of memory.",
-            "Use a machine with more, or --force if you know better (swap, for instance).",
-        )
+    return build_tensorrt(bundle, directory, options or TensorRTOptions(), report, on_progress, force)
 
 
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return None
+def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report, force: bool) -> dict[str, Any]:
+    from sfexport.engines.memory import check_weights_fit
+
+    if backend == "onnxruntime":
+        from sfexport.engines.onnxruntime_backend import check_precision
+
+        check_precision(bundle.precision)
+    if not force:
+        check_weights_fit(bundle)
+    if backend == "onnxruntime":
+        _build_onnxruntime(bundle, directory, report)
+    return {"target": "cpu"}
 
 
-def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> list[str]:
+def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> None:
     from sfexport.engines.onnxruntime_backend import open_session
 
     for name in GRAPHS:
@@ -122,7 +157,6 @@ def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> list[
         session = open_session(bundle.graph_file(name), bundle.weights_directory)
         _check_inputs(bundle, name, [i.name for i in session.get_inputs()])
         shutil.copyfile(bundle.graph_file(name), directory / f"{name}.onnx")
-    return [f"{name}.onnx" for name in GRAPHS]
 
 
 def _check_inputs(bundle: Bundle, graph: str, found: list[str]) -> None:
@@ -146,11 +180,35 @@ def check_runtime(engines: Engines) -> None:
 def open_backend(engines: Engines) -> Backend:
     """Load the backend an engine directory was built for; checks the runtime first."""
     check_runtime(engines)
+    bundle = engines.bundle
     if engines.content["backend"] == "torch":
         from sfexport.engines.torch_backend import TorchBackend
 
-        return TorchBackend(engines.bundle.checkpoint_path)
+        return TorchBackend(bundle.checkpoint_path)
+    if engines.content["backend"] == "tensorrt":
+        return _open_tensorrt(engines)
     from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 
-    bundle = engines.bundle
     return OnnxRuntimeBackend(engines.path, bundle.weights_directory, bundle.facts)
+
+
+def _open_tensorrt(engines: Engines) -> Backend:
+    """Raises BundleError for engines of another GPU, SfexportError where there is no driver."""
+    from sfexport.engines.cuda import device_sm
+    from sfexport.engines.plugin import register_plugins
+    from sfexport.engines.tensorrt_backend import TensorRTBackend
+    from sfexport.engines.tensorrt_library import check_driver, library
+
+    trt = library()
+    check_driver()
+    gpu = engines.content["gpu"]
+    if gpu["sm"] != device_sm():
+        raise BundleError(
+            f"The engines in {engines.path} were built on {gpu['name']} (SM {gpu['sm'] / 10:.1f}); this machine's GPU "
+            f"is of SM {device_sm() / 10:.1f}.",
+            f"Build again: sfexport build {engines.bundle.path} -o {engines.path}",
+        )
+    if engines.content["plugin"] == "python":
+        # The class must be there before an engine that uses it is read; its PTX comes from the engine.
+        register_plugins(trt, "python")
+    return TensorRTBackend(trt, engines.path, engines.bundle.facts)

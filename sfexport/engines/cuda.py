@@ -94,13 +94,13 @@ class Stream:
     def synchronize(self) -> None:
         call("cuStreamSynchronize", self._stream)
 
-    def to_device(self, buffer: Buffer, array: np.ndarray) -> None:
-        """Copy a contiguous host array to the start of a buffer. The array must live until synchronize."""
-        call("cuMemcpyHtoDAsync", buffer.pointer, array.ctypes.data, array.nbytes, self._stream)
+    def to_device(self, pointer: int, array: np.ndarray) -> None:
+        """Copy a contiguous host array to device memory. The array must live until synchronize."""
+        call("cuMemcpyHtoDAsync", pointer, array.ctypes.data, array.nbytes, self._stream)
 
-    def to_host(self, array: np.ndarray, buffer: Buffer) -> None:
-        """Copy the start of a buffer into a contiguous host array. It is there after synchronize."""
-        call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.pointer, array.nbytes, self._stream)
+    def to_host(self, array: np.ndarray, pointer: int) -> None:
+        """Copy device memory into a contiguous host array. It is there after synchronize."""
+        call("cuMemcpyDtoHAsync", array.ctypes.data, pointer, array.nbytes, self._stream)
 
     def close(self) -> None:
         call("cuStreamDestroy", self._stream)

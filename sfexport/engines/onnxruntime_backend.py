@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
-from sfexport.errors import MissingDependency, SfexportError
+from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.facts import ModelFacts
 from sfexport.graphs import names
 from sfexport.graphs.fast_path import cell_weights, frame_weights
@@ -24,6 +24,7 @@ from sfexport.manifest import GRAPHS
 RUNTIME = "onnxruntime"
 FIRST_WITH_FOLDER = (1, 21)  # versions from here on honour the option below
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def _library() -> Any:
@@ -50,6 +51,19 @@ def providers() -> list[str]:
     driver = any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvhost-gpu"))
     has_cuda = driver and "CUDAExecutionProvider" in _library().get_available_providers()
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if has_cuda else ["CPUExecutionProvider"]
+
+
+def check_precision(precision: str) -> None:
+    """Refuse bfloat16 graphs before anything is written or loaded.
+
+    Raises:
+        InputError: ONNX Runtime's CPU provider has neither Gemm, MatMul nor Add for it (1.31), and NumPy no such type.
+    """
+    if precision == "bf16":
+        raise InputError(
+            "ONNX Runtime cannot run bf16 graphs: it has no bfloat16 matrix product for the CPU.",
+            "Export with --precision fp16 or fp32, or build with --backend tensorrt.",
+        )
 
 
 def open_session(graph: Path, weights_directory: Path) -> Any:
@@ -84,12 +98,19 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
+def _float32(value: Any) -> np.ndarray:
+    return value.numpy().astype(np.float32, copy=False)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class OnnxRuntimeBackend(Backend):
-    """Args: `graphs` holds the three .onnx files, `weights_directory` the shards they point into."""
+    """Args: `graphs` holds the three .onnx files, `weights_directory` the shards they point into.
+
+    K/V stay in the graphs' type, float32 or float16; all else is float32 outside.
+    """
 
     name = RUNTIME
 
@@ -99,28 +120,32 @@ class OnnxRuntimeBackend(Backend):
         self._sessions = {name: open_session(graphs / f"{name}.onnx", weights_directory) for name in GRAPHS}
         self._slow_names, self._past_names = names.slow_names(facts), names.past_names(facts)
         self._present_names = names.present_names(facts)
-        empty = np.zeros((1, facts.text.num_kv_heads, 0, facts.text.head_dim), dtype=np.float32)
-        self._empty = self._value(empty)
+        types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
+        self._dtype = _TYPES[types[names.EMBEDS]]
+        self._empty = self._float(np.zeros((1, facts.text.num_kv_heads, 0, facts.text.head_dim)))
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
         output = names.PROJECTED if single_image else names.SLOW_TOKENS
-        return self._run("vision_encoder", [output], {names.PIXELS: self._value(pixel_values)})[0].numpy()
+        (tokens,) = self._run("vision_encoder", [output], {names.PIXELS: self._float(pixel_values)})
+        return _float32(tokens)
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
         frames, cells, _ = slow_tokens.shape
         fast = self.facts.slow_fast.fast
-        feeds = {names.SLOW_TOKENS: slow_tokens, names.FRAME_WEIGHTS: frame_weights(frames, fast)}
+        feeds = {
+            names.SLOW_TOKENS: self._float(slow_tokens),
+            names.FRAME_WEIGHTS: self._value(frame_weights(frames, fast)),
+        }
         if fast.spatial_stride > 1:
-            feeds[names.CELL_WEIGHTS] = cell_weights(cells, fast.spatial_stride)
-        feeds = {name: self._value(array) for name, array in feeds.items()}
+            feeds[names.CELL_WEIGHTS] = self._value(cell_weights(cells, fast.spatial_stride))
         fast_tokens, *slow = self._run("compressor", [names.FAST_TOKENS, *self._slow_names], feeds)
-        return fast_tokens.numpy(), KeyValues(tuple(slow), frames * cells) if slow else None
+        return _float32(fast_tokens), KeyValues(tuple(slow), frames * cells) if slow else None
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         length = step.inputs_embeds.shape[1]
         total = step.start + length
         feeds = {
-            names.EMBEDS: self._value(step.inputs_embeds),
+            names.EMBEDS: self._float(step.inputs_embeds),
             names.POSITIONS: self._value(np.arange(step.start, total, dtype=np.int64)[None]),
             names.MASK: self._value(np.ones((1, total), dtype=bool)),
             **self._key_values(self._past_names, step.past),
@@ -136,7 +161,11 @@ class OnnxRuntimeBackend(Backend):
         return [value.numpy() for value in tensors.tensors]
 
     def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
-        return KeyValues(tuple(self._value(a) for a in arrays), arrays[0].shape[2])
+        return KeyValues(tuple(self._float(a) for a in arrays), arrays[0].shape[2])
+
+    def _float(self, array: np.ndarray) -> Any:
+        """A value in the graphs' own type."""
+        return self._value(array.astype(self._dtype, copy=False))
 
     def _value(self, array: np.ndarray) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -26,6 +26,7 @@ from sfexport.graphs.weights import Weights
 from sfexport.manifest import (
     BUNDLE_FILE,
     GRAPHS,
+    PRECISIONS,
     Bundle,
     describe_embedding,
     describe_files,
@@ -34,6 +35,14 @@ from sfexport.manifest import (
     write_manifest,
 )
 
+TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+TYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
 WEIGHTS = ("auto", "reference", "copy")
 # 'auto' copies up to this many bytes: a small bundle that any ONNX tool can open and that can be moved is
 # worth more than the disk; a large one points into the checkpoint.
@@ -49,25 +58,30 @@ class ExportOptions:
         frames: frames sampled from a video by default; None: the config's mm_training_video_frames, else 64.
         weights: 'reference' points into the checkpoint's shards (nothing is copied; other ONNX tools must be
             told where they are); 'copy' takes the shards along; 'auto' copies small ones.
+        precision: what the graphs compute in, 'fp32', 'fp16' or 'bf16', whatever type the weights are stored in.
     """
 
     frames: int | None = None
     weights: str = "auto"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise InputError(f"Unknown --weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}.")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"Unknown --precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}.")
         if self.frames is not None and self.frames < 1:
             raise InputError(f"--frames must be at least 1, not {self.frames}.")
 
 
-def build_graphs(checkpoint: Checkpoint) -> dict[str, Callable[[], ir.Model]]:
+def build_graphs(checkpoint: Checkpoint, precision: str = "fp32") -> dict[str, Callable[[], ir.Model]]:
     """A builder per graph, so that a caller can show progress between them."""
-    weights, facts = Weights(checkpoint), checkpoint.facts
+    weights, facts, dtype = Weights(checkpoint), checkpoint.facts, TYPES[precision]
+    tower, size = checkpoint.tower, checkpoint.image.crop
     return {
-        "vision_encoder": lambda: build_vision_encoder(facts, checkpoint.tower, checkpoint.image.crop, weights),
-        "compressor": lambda: build_compressor(facts, weights),
-        "decoder": lambda: build_decoder(facts, weights),
+        "vision_encoder": lambda: build_vision_encoder(facts, tower, size, weights, dtype),
+        "compressor": lambda: build_compressor(facts, weights, dtype),
+        "decoder": lambda: build_decoder(facts, weights, dtype),
     }
 
 
@@ -90,7 +104,7 @@ def export(
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
         source = _copy_weights(checkpoint, directory, report) if copied else checkpoint
-        for name, build in build_graphs(source).items():
+        for name, build in build_graphs(source, options.precision).items():
             report(f"writing {name}.onnx")
             ir.save(build(), directory / f"{name}.onnx")
             _check_graph(directory / f"{name}.onnx", checked_by_path=copied)
@@ -186,7 +200,11 @@ def _write_manifest(
         "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},
         "image": asdict(checkpoint.image),
         "tokens_per_frame": {"image": side**2, "video": (side // pooling) ** 2},
-        "options": {"precision": "fp32", "frames": frames, "weights": "copy" if copied else "reference"},
+        "options": {
+            "precision": options.precision,
+            "frames": frames,
+            "weights": "copy" if copied else "reference",
+        },
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
         "checkpoint": place(out if copied else checkpoint.path, out),
         "weights": {
@@ -217,7 +235,7 @@ def describe_graph(file: Path) -> dict[str, Any]:
         return [
             {
                 "name": v.name,
-                "dtype": onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name,
+                "dtype": TYPE_NAMES[ir.DataType(v.type.tensor_type.elem_type)],
                 "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
             }
             for v in values

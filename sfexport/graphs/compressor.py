@@ -32,15 +32,17 @@ def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = i
 
 
 def _write_fast_path(g: GraphWriter, facts: ModelFacts, slow: ir.Value) -> None:
+    """Means in float32 whatever the tokens' type: the weights (1/3, say) are not exact in any other."""
     hidden = facts.text.hidden_size
     weights = g.input(FRAME_WEIGHTS, ir.DataType.FLOAT, ["fast_frames", "frames"])
-    by_frame = g.op("Flatten", slow, axis=1)
-    frames = g.op("MatMul", g.from_float32(weights), by_frame)
+    by_frame = g.op("Flatten", g.to_float32(slow), axis=1)
+    frames = g.op("MatMul", weights, by_frame)
     if facts.slow_fast.fast.spatial_stride > 1:
         cells = g.input(CELL_WEIGHTS, ir.DataType.FLOAT, ["fast_cells", "cells"])
         shape = g.op("Concat", g.ints(-1), g.dims(slow, 1, 3), axis=0)
-        frames = g.op("MatMul", g.from_float32(cells), g.op("Reshape", frames, shape))
-    g.output(FAST_TOKENS, g.reshape(frames, -1, hidden), g.dtype, ["fast_tokens", hidden])
+        frames = g.op("MatMul", cells, g.op("Reshape", frames, shape))
+    tokens = g.from_float32(g.reshape(frames, -1, hidden))
+    g.output(FAST_TOKENS, tokens, g.dtype, ["fast_tokens", hidden])
 
 
 def _write_slow_key_values(

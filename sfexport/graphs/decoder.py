@@ -161,7 +161,7 @@ def _write_attention(
         return g.transpose(g.op("Reshape", g.linear(x, f"{p}{name}"), shape), 0, 2, 1, 3)
 
     query = _rotate(g, shared, project("q_proj", text.num_heads))
-    # Scaled before the product: 128 terms of 40 * 40 leave float16's range, their scaled sum does not.
+    # Scaled here rather than after the product, because the cross-attention takes a scaled query too.
     query = g.op("Mul", query, g.scalar(text.head_dim**-0.5))
     past_key, past_value = shared.past[i]
     key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", text.num_kv_heads)), axis=2)
@@ -186,11 +186,15 @@ def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
 def _write_self_attention(
     g: GraphWriter, facts: ModelFacts, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
 ) -> ir.Value:
-    """-> [batch * sequence, heads * d], before o_proj. Query heads are grouped by kv head: K and V are not repeated."""
+    """-> [batch * sequence, heads * d], before o_proj. Query heads are grouped by kv head: K and V are not repeated.
+
+    The scores are float32 from the product on: Qwen2's large key biases make them leave float16's range, and lose
+    in bfloat16 what tells the keys apart.
+    """
     text = facts.text
     group = text.num_heads // text.num_kv_heads
-    grouped = g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim)
-    scores = g.op("MatMul", grouped, g.transpose(key, 0, 1, 3, 2))
+    grouped = g.to_float32(g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim))
+    scores = g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2)))
     by_head = g.op(
         "Concat",
         g.dims(query, 0, 1),
@@ -200,7 +204,7 @@ def _write_self_attention(
         axis=0,
     )
     flat = g.op("Shape", scores)
-    scores = g.op("Add", g.to_float32(g.op("Reshape", scores, by_head)), shared.bias)
+    scores = g.op("Add", g.op("Reshape", scores, by_head), shared.bias)
     probabilities = g.op("Reshape", g.from_float32(g.op("Softmax", scores, axis=-1)), flat)
     context = g.op("Reshape", g.op("MatMul", probabilities, value), g.op("Shape", query))
     return g.reshape(g.transpose(context, 0, 2, 1, 3), -1, text.num_heads * text.head_dim)

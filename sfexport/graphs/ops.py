@@ -1,8 +1,9 @@
 """Node writing: a thin layer over onnx-ir's tape, and the blocks every graph uses.
 
 Plain operators of opset 18 only, so that TensorRT 10.3 and later and ONNX Runtime read the same file.
-Float32 islands (norms, softmax, rotary angles) are written with explicit casts, which vanish when the
-graph computes in float32.
+Float32 islands (norms, softmax, GELU, rotary angles, means, the decoder's scores) are written with explicit casts,
+which vanish when the graph computes in float32. In a bfloat16 graph convolutions are islands too: ONNX has them
+in bfloat16 from opset 22 on.
 """
 
 from __future__ import annotations
@@ -138,10 +139,28 @@ class GraphWriter:
             inputs.append(self.weight(f"{name}.bias"))
         return self.op("Gemm", *inputs, transB=1)
 
+    def conv(self, x: ir.Value, name: str, bias: bool = True, **attributes: Any) -> ir.Value:
+        """Conv with the stored kernel (and bias), in the narrowest type that opset 18 allows."""
+        dtype = ir.DataType.FLOAT if self.dtype == ir.DataType.BFLOAT16 else self.dtype
+        inputs = [self.cast(x, self.dtype, dtype), self.weight(f"{name}.weight", dtype)]
+        if bias:
+            inputs.append(self.weight(f"{name}.bias", dtype))
+        return self.cast(self.op("Conv", *inputs, **attributes), dtype, self.dtype)
+
+    def average_pool(self, x: ir.Value, k: int) -> ir.Value:
+        """k x k means of [N, C, h, w], odd rows and columns dropped; summed in float32, as in torch."""
+        mean = self.op("AveragePool", self.to_float32(x), kernel_shape=[k, k], strides=[k, k])
+        return self.from_float32(mean)
+
     def layer_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
-        """LayerNorm over the last axis; statistics in float32 (stash_type 1)."""
-        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
-        return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps, stash_type=1)
+        """LayerNorm over the last axis, the whole of it in float32.
+
+        The last stage of a ConvNeXt has values whose squares leave float16's range. `stash_type` alone would say
+        so, but whether a runtime heeds it cannot be seen from outside.
+        """
+        weight, bias = (self.weight(f"{name}.{part}", ir.DataType.FLOAT) for part in ("weight", "bias"))
+        normed = self.op("LayerNormalization", self.to_float32(x), weight, bias, axis=-1, epsilon=eps, stash_type=1)
+        return self.from_float32(normed)
 
     def rms_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
         """Qwen2's RMSNorm over the last axis: normalised in float32, times the weight in the graph's type."""
@@ -152,9 +171,20 @@ class GraphWriter:
         return self.op("Mul", normed, self.weight(f"{name}.weight"))
 
     def gelu(self, x: ir.Value) -> ir.Value:
-        """The exact GELU, x/2 * (1 + erf(x / sqrt 2))."""
-        erf = self.op("Erf", self.op("Mul", x, self.scalar(1 / math.sqrt(2))))
-        return self.op("Mul", self.op("Mul", x, self.scalar(0.5)), self.op("Add", erf, self.scalar(1.0)))
+        """The exact GELU, x/2 * (1 + erf(x / sqrt 2)); in float32, since 1 + erf cancels where x is negative."""
+        x = self.to_float32(x)
+        erf = self.op("Erf", self.op("Mul", x, self.float32(1 / math.sqrt(2))))
+        half = self.op("Mul", x, self.float32(0.5))
+        return self.from_float32(self.op("Mul", half, self.op("Add", erf, self.float32(1.0))))
+
+    def gelu_tanh(self, x: ir.Value) -> ir.Value:
+        """GELU by tanh; in float32, whose range x cubed does not leave."""
+        x = self.to_float32(x)
+        cube = self.op("Mul", self.op("Mul", x, x), x)
+        inner = self.op("Add", x, self.op("Mul", cube, self.float32(0.044715)))
+        tanh = self.op("Tanh", self.op("Mul", inner, self.float32(math.sqrt(2 / math.pi))))
+        half = self.op("Mul", x, self.float32(0.5))
+        return self.from_float32(self.op("Mul", half, self.op("Add", tanh, self.float32(1.0))))
 
     def srelu(self, x: ir.Value, name: str) -> ir.Value:
         """SReLU over the last axis with the stored t_right, a_right, t_left, a_left; in float32, as in torch."""

@@ -58,8 +58,7 @@ def write_convnext(g: GraphWriter, tower: ConvNextTower, pixels: ir.Value) -> ir
 
 
 def _conv(g: GraphWriter, x: ir.Value, name: str, stride: int) -> ir.Value:
-    inputs = (x, g.weight(f"{name}.weight"), g.weight(f"{name}.bias"))
-    return g.op("Conv", *inputs, strides=[stride, stride], kernel_shape=[stride, stride])
+    return g.conv(x, name, strides=[stride, stride], kernel_shape=[stride, stride])
 
 
 def _norm_channels(g: GraphWriter, x: ir.Value, name: str, eps: float) -> ir.Value:
@@ -69,8 +68,7 @@ def _norm_channels(g: GraphWriter, x: ir.Value, name: str, eps: float) -> ir.Val
 def _write_block(g: GraphWriter, tower: ConvNextTower, stage: int, x: ir.Value, p: str) -> ir.Value:
     """x + weight * mlp(norm(depthwise(x))) on [frames, C, h, w]."""
     width, k = tower.widths[stage], tower.kernel
-    inputs = (x, g.weight(f"{p}conv_dw.weight"), g.weight(f"{p}conv_dw.bias"))
-    y = g.op("Conv", *inputs, group=width, kernel_shape=[k, k], pads=[k // 2] * 4)
+    y = g.conv(x, f"{p}conv_dw", group=width, kernel_shape=[k, k], pads=[k // 2] * 4)
     y = g.transpose(y, 0, 2, 3, 1)
     shape = g.op("Shape", y)
     y = g.reshape(g.layer_norm(y, f"{p}norm", tower.layer_norm_eps), -1, width)
@@ -95,5 +93,5 @@ def write_pooling(g: GraphWriter, grid: ir.Value, k: int, side: int) -> tuple[ir
     """k x k average pooling of [frames, side, side, H]; odd rows and columns are dropped."""
     if k == 1:
         return grid, side
-    pooled = g.op("AveragePool", g.transpose(grid, 0, 3, 1, 2), kernel_shape=[k, k], strides=[k, k])
+    pooled = g.average_pool(g.transpose(grid, 0, 3, 1, 2), k)
     return g.transpose(pooled, 0, 2, 3, 1), side // k

@@ -31,10 +31,8 @@ def write_vit(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
 def _embed(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
     """Patches, class token (CLIP) and positions: [frames, tokens, C]."""
     p, k = VIT_PREFIX + "embeddings.", tower.patch
-    inputs = [pixels, g.weight(f"{p}patch_embedding.weight")]
-    if tower.kind == "siglip":
-        inputs.append(g.weight(f"{p}patch_embedding.bias"))
-    x = g.op("Conv", *inputs, kernel_shape=[k, k], strides=[k, k])
+    has_bias = tower.kind == "siglip"
+    x = g.conv(pixels, f"{p}patch_embedding", has_bias, kernel_shape=[k, k], strides=[k, k])
     x = g.transpose(g.reshape(x, 0, tower.width, -1), 0, 2, 1)
     if tower.kind == "clip":
         shape = g.op("Concat", g.dims(pixels, 0, 1), g.ints(1, tower.width), axis=0)
@@ -47,8 +45,9 @@ def _write_layer(g: GraphWriter, tower: VitTower, x: ir.Value, tokens: int, p: s
     y = g.layer_norm(x, f"{p}layer_norm1", tower.layer_norm_eps)
     x = g.op("Add", x, _attention(g, tower, y, tokens, f"{p}self_attn."))
     y = g.layer_norm(x, f"{p}layer_norm2", tower.layer_norm_eps)
-    y = g.linear(_activation(g, tower, g.linear(y, f"{p}mlp.fc1")), f"{p}mlp.fc2")
-    return g.op("Add", x, y)
+    y = g.linear(y, f"{p}mlp.fc1")
+    y = _quick_gelu(g, y) if tower.activation == "quick_gelu" else g.gelu_tanh(y)
+    return g.op("Add", x, g.linear(y, f"{p}mlp.fc2"))
 
 
 def _attention(g: GraphWriter, tower: VitTower, x: ir.Value, tokens: int, p: str) -> ir.Value:
@@ -64,11 +63,6 @@ def _attention(g: GraphWriter, tower: VitTower, x: ir.Value, tokens: int, p: str
     return g.linear(g.reshape(g.transpose(context, 0, 2, 1, 3), -1, tower.width), f"{p}out_proj")
 
 
-def _activation(g: GraphWriter, tower: VitTower, x: ir.Value) -> ir.Value:
-    """CLIP: x * sigmoid(1.702 x). SigLIP: GELU by tanh."""
-    if tower.activation == "quick_gelu":
-        return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702))))
-    cube = g.op("Mul", g.op("Mul", x, x), x)
-    inner = g.op("Add", x, g.op("Mul", cube, g.scalar(0.044715)))
-    tanh = g.op("Tanh", g.op("Mul", inner, g.scalar(math.sqrt(2 / math.pi))))
-    return g.op("Mul", g.op("Mul", x, g.scalar(0.5)), g.op("Add", tanh, g.scalar(1.0)))
+def _quick_gelu(g: GraphWriter, x: ir.Value) -> ir.Value:
+    """CLIP's activation, x * sigmoid(1.702 x)."""
+    return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702))))

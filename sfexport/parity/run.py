@@ -74,11 +74,12 @@ def run_parity(
 
     Args:
         video: a clip; None: frames of noise.
+        tolerance: None: the usual one for the engines' precision.
 
     Raises:
         MissingDependency: no torch. BundleError: the checkpoint is gone.
     """
-    tolerance = tolerance or Tolerance()
+    tolerance = tolerance or tolerance_for(pipeline)
     pixels, rows = _pixels(pipeline, video, frames)
     pipeline.check_question(question, len(rows))
     report("loading the PyTorch model")
@@ -98,6 +99,12 @@ def run_parity(
     sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (oracle, slow))]
     answers = [_answers(pipeline, *sessions, question, mode, max_new_tokens) for mode in DECODE_MODES]
     return ParityReport(engine.name, tolerance, len(rows), comparisons, answers)
+
+
+def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | None = None) -> Tolerance:
+    """The tolerance for the engines' precision; what is given replaces a part of it."""
+    is_oracle = pipeline.engines.content["backend"] == TorchBackend.name  # which is float32 whatever the graphs are
+    return Tolerance.for_precision("fp32" if is_oracle else pipeline.bundle.precision, atol, rtol)
 
 
 def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:

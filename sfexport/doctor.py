@@ -1,0 +1,92 @@
+"""`sfexport doctor`: whether engines can be built and run on this machine, and the command that mends what is missing.
+
+May import sfexport.engines and sfexport.console.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sfexport import console
+from sfexport.engines.checks import MISSING, Line, checks_for
+from sfexport.engines.machine import Machine
+from sfexport.engines.targets import Target, match_machine
+
+ONNXRUNTIME_NEEDS = {"Python", "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        target: its name; None: a machine that the table of targets does not have.
+        nvidia: there is NVIDIA hardware here, whether it works or not.
+    """
+
+    target: str | None
+    nvidia: bool
+    lines: tuple[Line, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        return [line.name for line in self.lines if line.verdict == MISSING]
+
+    @property
+    def can_build(self) -> bool:
+        """TensorRT engines can be built and run here."""
+        return set(self.missing) <= {"onnxruntime"}
+
+    @property
+    def can_run_onnxruntime(self) -> bool:
+        """ONNX Runtime engines can be built and run here."""
+        return not ONNXRUNTIME_NEEDS & set(self.missing)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if TensorRT engines can be built, or there is no NVIDIA hardware and ONNX Runtime works; else 1."""
+        return 0 if self.can_build or (not self.nvidia and self.can_run_onnxruntime) else 1
+
+    def summary(self) -> list[str]:
+        """One sentence on TensorRT, one on ONNX Runtime."""
+        works = "can" if self.can_run_onnxruntime else "cannot"
+        second = f"ONNX Runtime engines {works} be built and run here."
+        if self.can_build:
+            return ["TensorRT engines can be built and run here.", second]
+        reason = f"missing: {', '.join(self.missing)}" if self.nvidia else "there is no NVIDIA GPU"
+        return [f"TensorRT engines cannot be built here; {reason}.", second]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "can_build": self.can_build,
+            "can_run_onnxruntime": self.can_run_onnxruntime,
+            "lines": [asdict(line) for line in self.lines],
+        }
+
+
+def examine(machine: Machine, target: Target | None = None) -> Report:
+    """Judge a machine.
+
+    Args:
+        target: what engines are wanted for; None: the machine itself. If it is the machine itself, its own
+            JetPack counts, not the target's.
+    """
+    here = match_machine(machine)
+    if target is None or (here and here.name == target.name):
+        target = here
+    lines = (check(machine, target) for check in checks_for(machine))
+    name = target.name if target else None
+    return Report(name, machine.cuda.device, tuple(line for line in lines if line is not None))
+
+
+def show(report: Report) -> None:
+    """The table, what to do about its lines, and the verdict, on stdout."""
+    title = f"this machine, for {report.target}" if report.target else "this machine"
+    rows = [(line.verdict, line.name, line.seen, line.expected) for line in report.lines]
+    console.table(title, ("", "", "seen", "expected"), rows)
+    if mends := [(line.name, line.mend) for line in report.lines if line.mend]:
+        console.table("what to do", ("", ""), mends)
+    for sentence in report.summary():
+        console.say(sentence, err=False)

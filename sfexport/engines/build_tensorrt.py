@@ -1,0 +1,181 @@
+"""Bundle -> TensorRT engine files: what is checked first, the plugin or its fallback, one engine per graph.
+
+TensorRT itself is driven in sfexport/engines/tensorrt_build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sfexport.engines import cuda
+from sfexport.engines.machine import Gpu, Machine, look
+from sfexport.engines.memory import MemoryPlan, plan_memory
+from sfexport.engines.plugin import KernelSource, choose_door, register_plugins
+from sfexport.engines.profiles import Limits, Profile, resolve_profiles
+from sfexport.engines.targets import Target, kernel_ptx_isa, match_machine
+from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engine, timing_cache_file
+from sfexport.engines.tensorrt_library import check_driver, library, short_version
+from sfexport.errors import InputError, MissingDependency, SfexportError
+from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
+from sfexport.kernels.compile import compile_kernels
+from sfexport.kernels.store import StoredKernels
+from sfexport.manifest import GRAPHS, Bundle
+
+Report = Callable[[str], None]
+FIRST_MAPPED = (10, 13)  # TensorRT versions from here on read weights where they lie
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """What `sfexport build --backend tensorrt` is asked for.
+
+    Attributes:
+        target: the machine to build for; None: this one, whatever it is.
+        question_tokens, new_tokens, frames: see Limits; frames None: the bundle's own.
+        kernels: directory of compiled kernels; None: compile them with Triton.
+        optimization_level: TensorRT's, 0 to 5; None: its default.
+    """
+
+    target: Target | None = None
+    frames: int | None = None
+    question_tokens: int | None = None
+    new_tokens: int | None = None
+    kernels: Path | None = None
+    optimization_level: int | None = None
+
+    def limits(self, bundle: Bundle) -> Limits:
+        given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens}
+        return Limits(self.frames or bundle.frames, **{k: v for k, v in given.items() if v is not None})
+
+    def kernel_source(self) -> KernelSource:
+        return compile_kernels if self.kernels is None else StoredKernels(self.kernels)
+
+
+def build_tensorrt(
+    bundle: Bundle,
+    directory: Path,
+    options: TensorRTOptions,
+    report: Report,
+    on_progress: OnProgress,
+    force: bool,
+) -> dict[str, Any]:
+    """Write one .engine per graph into `directory`; returns what engine.json says of them.
+
+    Raises:
+        MissingDependency, SfexportError: TensorRT, driver, GPU or memory are not there; a graph does not build.
+        InputError: the target is not this machine.
+    """
+    trt = library()
+    check_driver()
+    machine = look()
+    gpu = _this_gpu(machine)
+    _check_target(options.target, gpu)
+    limits = options.limits(bundle)
+    profiles = resolve_profiles(bundle, limits)
+    if not force:
+        check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
+    door = _prepare_plugin(trt, bundle, gpu, options, report)
+    build = BuildOptions(options.optimization_level, timing_cache=timing_cache_file(gpu.name, trt.__version__))
+    for name in GRAPHS:
+        report(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
+        graph = _graph_to_build(bundle, name, door, gpu, directory)
+        file = directory / f"{name}.engine"
+        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, report)
+        if graph.parent == directory:
+            graph.unlink()
+    here = match_machine(machine)
+    return {
+        "target": here.name if here else f"sm{gpu.sm}",
+        "gpu": {"name": gpu.name, "sm": gpu.sm},
+        "plugin": door,
+        "limits": asdict(limits),
+        "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
+    }
+
+
+def _this_gpu(machine: Machine) -> Gpu:
+    if not machine.gpus:
+        raise SfexportError("There is no NVIDIA GPU on this machine.", cuda.NO_DRIVER)
+    return machine.gpus[0]
+
+
+def _check_target(target: Target | None, gpu: Gpu) -> None:
+    if target is not None and target.sm != gpu.sm:
+        raise InputError(
+            f"Engines for {target.name} (SM {target.sm / 10:.1f}) cannot be built on this machine's {gpu.name} "
+            f"(SM {gpu.sm / 10:.1f}).",
+            "Build on the target itself; sfexport build --check works on any machine.",
+        )
+
+
+def check_build_memory(
+    bundle: Bundle, profiles: dict[str, list[Profile]], machine: Machine, gpu: Gpu, tensorrt_version: str
+) -> None:
+    """Refuse a build that the estimate says will not fit, before time is lost.
+
+    Raises:
+        SfexportError: naming both sizes.
+    """
+    plan = plan_memory(bundle, profiles, short_version(tensorrt_version) >= FIRST_MAPPED)
+    for what, needs, has in memory_needs(plan, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
+        if has is not None and needs > has:
+            raise SfexportError(
+                f"{what} takes about {needs:.1f} GB (estimated) and there are {has:.1f} GB.",
+                "Export with --precision fp16, use fewer --frames, or --force if you know better (swap, for instance).",
+            )
+
+
+def memory_needs(
+    plan: MemoryPlan, shared: bool, device_gb: float | None, host_gb: float | None
+) -> list[tuple[str, float, float | None]]:
+    """(what, needed, available) in 10^9 bytes. `shared`: CPU and GPU have one memory, of which `host_gb` speaks."""
+    if shared:
+        total = host_gb if host_gb is not None else device_gb
+        return [("Building", plan.build / 1e9, total), ("Answering", plan.run / 1e9, total)]
+    return [
+        ("Building, on the GPU,", plan.build_device / 1e9, device_gb),
+        ("Building, on the host,", plan.build_host / 1e9, host_gb),
+        ("Answering, on the GPU,", plan.run / 1e9, device_gb),
+    ]
+
+
+def _prepare_plugin(trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report) -> str | None:
+    """Register the plugin; the door it came through, or None where the graph's own nodes must do."""
+    if not bundle.facts.slow_fast.hybrid_layers:
+        return None
+    try:
+        source = options.kernel_source()
+        # Once now, so that a kernel that cannot be compiled is found before the build.
+        source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
+        door = choose_door(trt.__version__, package_version("numpy"))
+        register_plugins(trt, door, source)
+    except MissingDependency as error:
+        report(
+            f"warning: building without the cross-attention plugin. {error} Answers are the same, but slower and with "
+            f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"
+        )
+        return None
+    return door
+
+
+def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSettings:
+    return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.facts.text.head_dim)
+
+
+def _graph_to_build(bundle: Bundle, name: str, door: str | None, gpu: Gpu, directory: Path) -> Path:
+    """The bundle's own file, or its function-free sibling in `directory`."""
+    file = bundle.graph_file(name)
+    if door is None:
+        return file
+    model = onnx.load(file, load_external_data=False)
+    if not count_cross_attention(model):
+        return file
+    sibling = directory / file.name
+    onnx.save(with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors)), sibling)
+    return sibling

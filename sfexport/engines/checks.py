@@ -1,0 +1,282 @@
+"""The single checks of `sfexport doctor`: a Machine and a Target in, one Line out.
+
+May import sfexport.engines.machine and sfexport.engines.targets; asks the system nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sfexport.engines.machine import Machine
+from sfexport.engines.targets import Target, match_machine, newest_ptx_isa, oldest_cuda, version
+
+OLDEST_PYTHON = (3, 10)
+OLDEST_JETPACK = (6, 1)  # 6.0 has TensorRT 8.6
+OLDEST_TENSORRT, NEWEST_TENSORRT = (10, 3), (11, 4)
+OLDEST_CUDA, OLDEST_SM, OLDEST_ISA = "12.5", 80, 85
+# TensorRT from 10.9 to 10.16 compiles quick plugins through an interface that NumPy 2.4 has dropped.
+QUICK_PLUGINS = ((10, 9), (11, 0))
+NUMPY_TOO_NEW = (2, 4)
+# The released 8.5 B model: its decoder in fp16, which a builder holds twice; its engines in fp16; all in float32.
+DECODER_GB, ENGINES_GB, FLOAT32_GB = 14.1, 15.9, 34.0
+OK, WARNING, MISSING = "ok", "warning", "missing"
+APT_TENSORRT = "python3-libnvinfer python3-libnvinfer-dev tensorrt"
+_NOT_NEEDED = "not needed to build or answer"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing looked at. `verdict` is 'ok', 'warning' or 'missing'; `mend` is empty where nothing is to be done."""
+
+    name: str
+    seen: str
+    expected: str
+    verdict: str = OK
+    mend: str = ""
+
+
+Check = Callable[[Machine, "Target | None"], "Line | None"]
+
+
+def checks_for(machine: Machine) -> tuple[Check, ...]:
+    """In the order to mend things in. Without NVIDIA hardware, TensorRT's companions are not asked for."""
+    if not machine.cuda.device:
+        return (_machine, _python, _gpu, _triton, _onnxruntime, _memory, _torch)
+    first = (_machine, _python, _jetpack, _driver, _gpu, _tensorrt, _numpy, _cuda_python, _triton)
+    return (*first, _onnxruntime, _memory, _disk, _power, _polygraphy, _torch)
+
+
+def _machine(machine: Machine, target: Target | None) -> Line:
+    seen = machine.jetson_model or f"{machine.system} {machine.architecture}"
+    here = match_machine(machine)
+    if target is None:
+        if not machine.cuda.device:
+            return Line("machine", seen, "any")
+        mend = "Its GPU is not in the table of targets: what follows is judged by general rules."
+        return Line("machine", seen, "a known target", WARNING, mend)
+    if here is None or here.name == target.name:
+        return Line("machine", seen, target.name)
+    mend = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build them there."
+    return Line("machine", seen, target.name, WARNING, mend)
+
+
+def _python(machine: Machine, target: Target | None) -> Line:
+    """A JetPack's TensorRT bindings are compiled for its own Python and no other."""
+    seen = machine.python + (" in a venv" if machine.in_venv else "")
+    if version(machine.python) < OLDEST_PYTHON:
+        return Line("Python", seen, "3.10 or later", MISSING, "Install Python 3.10 or later.")
+    if not (machine.jetson_model and target and target.jetpack):
+        return Line("Python", seen, "3.10 or later")
+    expected = f"{target.python}, JetPack {target.jetpack}'s"
+    imports_tensorrt = machine.tensorrt.module and not machine.tensorrt.error
+    if imports_tensorrt or not _wrong_python(machine, target):
+        return Line("Python", seen, expected)
+    return Line("Python", seen, expected, WARNING, _new_venv())
+
+
+def _wrong_python(machine: Machine, target: Target | None) -> bool:
+    return target is not None and version(machine.python)[:2] != version(target.python)
+
+
+def _new_venv() -> str:
+    return "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv, and install sfexport in that one."
+
+
+def _jetpack(machine: Machine, target: Target | None) -> Line | None:
+    if machine.jetson_model is None:
+        return None
+    expected = target.jetpack if target and target.jetpack else "6.1 or later"
+    if machine.jetpack is None:
+        mend = "Its version is not to be seen from here; in a container that does not matter."
+        return Line("JetPack", "unknown", expected, WARNING, mend)
+    seen = machine.jetpack + (f" (Jetson Linux {machine.l4t})" if machine.l4t else "")
+    if version(machine.jetpack)[:2] < OLDEST_JETPACK:
+        return Line("JetPack", seen, "6.1 or later", MISSING, "Flash JetPack 6.2 or 7.2: TensorRT 8 is too old.")
+    return Line("JetPack", seen, expected)
+
+
+def _driver(machine: Machine, target: Target | None) -> Line:
+    """It has to take the PTX that kernels are compiled to."""
+    cuda, isa = machine.cuda, target.ptx_isa if target else OLDEST_ISA
+    expected = f"CUDA {oldest_cuda(isa)} or later"
+    if cuda.cuda is None:
+        seen = f"kernel module {cuda.driver}, no libcuda.so.1" if cuda.driver else "none"
+        return Line("CUDA driver", seen, expected, MISSING, _driver_mend(machine))
+    seen = f"CUDA {cuda.cuda}" + (f", {cuda.driver}" if cuda.driver else "")
+    if newest_ptx_isa(cuda.cuda) < isa:
+        return Line("CUDA driver", seen, expected, MISSING, _driver_mend(machine))
+    return Line("CUDA driver", seen, expected)
+
+
+def _driver_mend(machine: Machine) -> str:
+    if machine.jetson_model:
+        return "The driver is a part of JetPack: flash 6.2 or 7.2; in a container, start it with --runtime nvidia."
+    return "sudo apt install nvidia-driver-580-server-open, then reboot; in a container, start it with --gpus all."
+
+
+def _gpu(machine: Machine, target: Target | None) -> Line:
+    expected = f"compute capability {target.sm / 10:.1f}" if target else "compute capability 8.0 or later"
+    if not machine.gpus:
+        return Line("GPU", machine.cuda.error or "none", expected, MISSING, _gpu_mend(machine, target))
+    gpu = machine.gpus[0]
+    seen = f"{gpu.name}, {gpu.sm / 10:.1f}, {gpu.multiprocessors} multiprocessors, {gpu.memory_gb:.0f} GB"
+    if target and gpu.sm != target.sm:
+        return Line("GPU", seen, expected, MISSING, _build_there(target))
+    if gpu.sm < OLDEST_SM:
+        return Line("GPU", seen, expected, MISSING, "This GPU is too old for TensorRT engines of sfexport.")
+    return Line("GPU", seen, expected)
+
+
+def _gpu_mend(machine: Machine, target: Target | None) -> str:
+    if machine.cuda.error == "cuInit answers 803":
+        return "The driver's library and its kernel module are of different versions: reboot."
+    if machine.cuda.error:
+        return "The driver sees no GPU: look at CUDA_VISIBLE_DEVICES, at /dev/nvidia* and at sudo dmesg."
+    return "First the CUDA driver." if machine.cuda.device else _build_there(target)
+
+
+def _build_there(target: Target | None) -> str:
+    name = target.name if target else "NAME"
+    return f"Prepare here, build there: sfexport build CHECKPOINT --target {name} --check"
+
+
+def _tensorrt(machine: Machine, target: Target | None) -> Line:
+    found = machine.tensorrt
+    expected = "10.3 to 11.4" + (f"; JetPack's is {target.tensorrt}" if target and target.jetpack else "")
+    if not found.module:
+        seen = f"{found.library}, but no module for this Python" if found.library else "none"
+        return Line("TensorRT", seen, expected, MISSING, _tensorrt_mend(machine, target))
+    if found.error:
+        return Line("TensorRT", f"{found.version or ''} {found.error}".strip(), expected, MISSING, _reinstall(machine))
+    number, seen = version(found.version)[:2], found.version or "unknown"
+    if number < OLDEST_TENSORRT:
+        mend = "Flash JetPack 6.2 or 7.2." if machine.jetson_model else _install_tensorrt(machine)
+        return Line("TensorRT", seen, expected, MISSING, mend)
+    if found.cuda and found.cuda > _cuda_major(machine, target):
+        seen = f"{seen} for CUDA {found.cuda}"
+        return Line("TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda))
+    if number > NEWEST_TENSORRT:
+        return Line("TensorRT", seen, expected, WARNING, "Newer than any that sfexport was checked against.")
+    return Line("TensorRT", seen, expected)
+
+
+def _tensorrt_mend(machine: Machine, target: Target | None) -> str:
+    """The module is not to be found; on a Jetson it comes from apt and must be seen from inside a venv."""
+    found = machine.tensorrt
+    if not machine.jetson_model:
+        return _install_tensorrt(machine)
+    if not found.library and not machine.jetpack_package:
+        return "sudo apt update && sudo apt install nvidia-jetpack"
+    if not found.library or not found.apt_bindings:
+        return f"sudo apt install {APT_TENSORRT}"
+    if _wrong_python(machine, target):
+        return f"apt's module is not for Python {machine.python}: {_new_venv()}"
+    if machine.in_venv and not machine.system_packages:
+        reason = "Let this venv see apt's packages (what is installed in it stays)"
+        return f"{reason}: /usr/bin/python3 -m venv --system-site-packages {machine.prefix}"
+    return _reinstall(machine)
+
+
+def _cuda_major(machine: Machine, target: Target | None) -> int:
+    return (version(machine.cuda.cuda) or version(target.cuda if target else OLDEST_CUDA))[0]
+
+
+def _install_tensorrt(machine: Machine) -> str:
+    """The package `tensorrt` is for the newest CUDA, 13."""
+    if machine.cuda.cuda and version(machine.cuda.cuda) < (13, 0):
+        return "pip install tensorrt-cu12 'cuda-python<13' triton polygraphy"
+    return "pip install 'sfexport[tensorrt]'"
+
+
+def _replace_tensorrt(machine: Machine, cuda: int) -> str:
+    parts = f"tensorrt tensorrt-cu{cuda} tensorrt-cu{cuda}-libs tensorrt-cu{cuda}-bindings"
+    return f"pip uninstall {parts}; {_install_tensorrt(machine)}"
+
+
+def _reinstall(machine: Machine) -> str:
+    if machine.jetson_model:
+        return f"sudo apt install --reinstall {APT_TENSORRT}"
+    return f"Install it anew, libraries and all: {_install_tensorrt(machine)}"
+
+
+def _numpy(machine: Machine, target: Target | None) -> Line | None:
+    first, end = QUICK_PLUGINS
+    if not first <= version(machine.tensorrt.version)[:2] < end:
+        return None
+    seen, expected = machine.packages["numpy"], "below 2.4 with this TensorRT"
+    if version(seen) >= NUMPY_TOO_NEW:
+        return Line("numpy", seen or "", expected, WARNING, "pip install 'numpy<2.4'")
+    return Line("numpy", seen or "none", expected)
+
+
+def _cuda_python(machine: Machine, target: Target | None) -> Line:
+    seen = machine.packages["cuda-python"] or machine.packages["cuda-bindings"]
+    major = _cuda_major(machine, target)
+    expected = f"12.6 or later, at most {major}.x"
+    if (12, 6) <= version(seen) < (major + 1,):
+        return Line("cuda-python", seen or "", expected)
+    return Line("cuda-python", seen or "none", expected, MISSING, f"pip install 'cuda-python>=12.6,<{major + 1}'")
+
+
+def _triton(machine: Machine, target: Target | None) -> Line:
+    seen, expected = machine.packages["triton"], "3.0 or later, to compile the kernel"
+    if version(seen) < (3, 0):
+        return Line("triton", seen or "none", expected, WARNING, "pip install triton")
+    return Line("triton", seen or "", expected)
+
+
+def _polygraphy(machine: Machine, target: Target | None) -> Line:
+    return Line("polygraphy", machine.packages["polygraphy"] or "none", _NOT_NEEDED)
+
+
+def _torch(machine: Machine, target: Target | None) -> Line:
+    return Line("torch", machine.packages["torch"] or "none", _NOT_NEEDED)
+
+
+def _onnxruntime(machine: Machine, target: Target | None) -> Line:
+    if machine.providers is None:
+        seen = f"{machine.onnxruntime}, which cannot be imported" if machine.onnxruntime else "none"
+        gpu = (machine.system, machine.architecture) == ("Linux", "x86_64")
+        mend = f"pip install --force-reinstall {'onnxruntime-gpu' if gpu else 'onnxruntime'}"
+        return Line("onnxruntime", seen, "1.20 or later", MISSING, mend)
+    cuda = machine.gpus and "CUDAExecutionProvider" in machine.providers
+    seen = f"{machine.onnxruntime or 'unknown'}, on the {'GPU' if cuda else 'CPU'}"
+    return Line("onnxruntime", seen, "1.20 or later")
+
+
+def _memory(machine: Machine, target: Target | None) -> Line:
+    """Twice the decoder's weights to build it, or all weights in float32 to run them in ONNX Runtime."""
+    needed, use = (2 * DECODER_GB, "build") if machine.cuda.device else (FLOAT32_GB, "run")
+    precision = "fp16" if machine.cuda.device else "float32"
+    expected = f"{needed:.0f} GB to {use} the 8.5 B model in {precision} (computed)"
+    if machine.memory_gb is None:
+        return Line("memory", "unknown", expected)
+    free, swap = machine.memory_available_gb or 0.0, machine.swap_gb or 0.0
+    seen = f"{machine.memory_gb:.1f} GB, {free:.1f} free, {swap:.1f} swap"
+    if machine.memory_gb + swap >= needed:
+        return Line("memory", seen, expected)
+    return Line("memory", seen, expected, WARNING, "Smaller models fit; for this one, more memory or swap.")
+
+
+def _disk(machine: Machine, target: Target | None) -> Line:
+    expected = f"{ENGINES_GB:.0f} GB for the 8.5 B model's engines in fp16 (computed)"
+    if machine.disk_free_gb is None:
+        return Line("disk", "unknown", expected)
+    seen = f"{machine.disk_free_gb:.1f} GB free here"
+    if machine.disk_free_gb >= ENGINES_GB:
+        return Line("disk", seen, expected)
+    return Line("disk", seen, expected, WARNING, "Write the engines to another disk with -o.")
+
+
+def _power(machine: Machine, target: Target | None) -> Line | None:
+    """Slower modes lower clocks and switch multiprocessors off, and TensorRT would tune for that."""
+    if machine.jetson_model is None:
+        return None
+    best = next((name for name in ("MAXN_SUPER", "MAXN") if name in machine.power_modes), None)
+    expected = best or "the fastest"
+    if machine.power_mode is None:
+        return Line("power mode", "unknown", expected, WARNING, "sudo nvpmodel -q")
+    if best is None or machine.power_mode == best:
+        return Line("power mode", machine.power_mode, expected)
+    return Line("power mode", machine.power_mode, expected, WARNING, f"sudo nvpmodel -m {machine.power_modes[best]}")

@@ -1,0 +1,164 @@
+"""How much memory building and running engines takes, computed from the graphs. Estimates, labelled so.
+
+Activations are the most bytes alive at once if every node's output were kept until its last use; an engine that fuses
+nodes needs less. Imports onnx.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+
+from sfexport.engines.profiles import Profile
+from sfexport.errors import SfexportError
+from sfexport.graphs.names import MASK
+from sfexport.manifest import PRECISIONS, Bundle
+
+# The CUDA context, TensorRT's own code and its kernels.
+RUNTIME_OVERHEAD = 600 << 20
+# A session's text K/V: the video's prefix, the step before and the step being made.
+KEY_VALUE_SETS = 3
+# Copies of a graph's weights while it is built. On the host the parser's, unless it reads the mapped file, and the
+# serialised engine; on the GPU the builder's.
+HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """Bytes of one graph: weights in the graph's type, and activations at the largest shapes of any profile."""
+
+    name: str
+    weights: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes; see the module.
+
+    Attributes:
+        text_key_values: all sets. slow_key_values: of one video.
+        run: everything on the GPU while answering. build_device, build_host: on the GPU and beside it while the
+            largest graph is built.
+    """
+
+    graphs: tuple[GraphMemory, ...]
+    text_key_values: int
+    slow_key_values: int
+    run: int
+    build_device: int
+    build_host: int
+
+    @property
+    def build(self) -> int:
+        """Where CPU and GPU share one memory."""
+        return self.build_device + self.build_host
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryPlan:
+    """Args: `mapped_weights`: the parser reads weights where they lie in the file (TensorRT 10.13 and later)."""
+    width = PRECISIONS[bundle.precision]
+    graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
+    decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
+    text = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
+    slow = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
+    weights = sum(g.weights for g in graphs)
+    run = weights + max(g.activations for g in graphs) + text + slow + RUNTIME_OVERHEAD
+    copies = HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES
+    host = copies * max(g.weights for g in graphs)
+    device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
+    return MemoryPlan(graphs, text, slow, run, device, host)
+
+
+def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:
+    model = onnx.load(bundle.graph_file(name), load_external_data=False)
+    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    weights = width * sum(math.prod(t.dims) for t in external)
+    return GraphMemory(name, weights, max(_activations(model, profile) for profile in profiles))
+
+
+def _activations(model: onnx.ModelProto, profile: Profile) -> int:
+    """Most bytes alive at once with every tensor at its largest shape."""
+    sizes = _sizes(model, profile)
+    last_use: dict[str, int] = {}
+    for i, node in enumerate(model.graph.node):
+        last_use |= dict.fromkeys(node.input, i)
+    outputs = {v.name for v in model.graph.output}
+    ends: dict[int, list[str]] = {}
+    for name, i in last_use.items():
+        ends.setdefault(i, []).append(name)
+    alive = most = 0
+    for i, node in enumerate(model.graph.node):
+        alive += sum(sizes.get(name, 0) for name in node.output)
+        most = max(most, alive)
+        alive -= sum(sizes.get(name, 0) for name in ends.get(i, ()) if name not in outputs)
+    return most
+
+
+def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
+    """Bytes of every value that a node makes of the inputs. Casts of weights are folded when building: not counted."""
+    fixed = _with_shapes(model, profile)
+    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    # The few dimensions that even this cannot tell belong to the mask: at most the longest sequence.
+    unknown = max((t.most[-1] for t in profile.tensors if t.name == MASK), default=1)
+    weights = {t.name for t in model.graph.initializer}
+    folded = {o for node in model.graph.node if set(node.input) <= weights for o in node.output}
+    out = {}
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        kind = value.type.tensor_type
+        dims = [d.dim_value if d.HasField("dim_value") else unknown for d in kind.shape.dim]
+        if value.name not in folded:
+            out[value.name] = math.prod(dims) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+    return out
+
+
+def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
+    """The graph with concrete inputs and outputs, weights as inputs: no file is read."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    largest = {t.name: t.most for t in profile.tensors}
+    for value in (*out.graph.input, *out.graph.output):
+        for dim, size in zip(value.type.tensor_type.shape.dim, largest[value.name], strict=True):
+            dim.Clear()
+            dim.dim_value = size
+    kept = []
+    for tensor in out.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            out.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            kept.append(tensor)
+    del out.graph.initializer[:]
+    out.graph.initializer.extend(kept)
+    return out
+
+
+def check_weights_fit(bundle: Bundle) -> None:
+    """Refuse weights that this machine's memory cannot hold, before a long load ends in a kill.
+
+    Raises:
+        SfexportError: naming both sizes.
+    """
+    width = PRECISIONS[bundle.precision]
+    needed, available = width * bundle.content["weights"]["parameters"], physical_memory()
+    if available is not None and needed > available:
+        raise SfexportError(
+            f"The weights take {needed / 1e9:.1f} GB in {bundle.precision}; this machine has "
+            f"{available / 1e9:.1f} GB of memory.",
+            "Use a machine with more, or --force if you know better (swap, for instance).",
+        )
+
+
+def physical_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,142 @@
+"""Concrete shapes for every dynamic tensor: what an engine accepts, from how many frames and tokens are wanted.
+
+Imports no backend library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfexport.errors import InputError, SfexportError
+from sfexport.facts import FastPathFacts
+from sfexport.graphs.fast_path import fast_token_count, source_frames
+from sfexport.manifest import Bundle
+
+VISION_CHUNK = 8  # frames per call of the vision encoder; qa/pipeline.py reads the same number
+DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256
+VIDEO, PICTURE = "video", "picture"  # of the compressor: a picture's tokens are not pooled
+PREFILL, DECODE = "prefill", "decode"
+Range = tuple[int, int, int]  # least, typical, most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What engines are built for.
+
+    Attributes:
+        frames: most frames of a video. question_tokens: most text tokens of a prompt (system, question, template).
+        new_tokens: most tokens of an answer.
+    """
+
+    frames: int
+    question_tokens: int = DEFAULT_QUESTION_TOKENS
+    new_tokens: int = DEFAULT_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        names = {"frames": self.frames, "max-question-tokens": self.question_tokens, "max-new-tokens": self.new_tokens}
+        for name, value in names.items():
+            if value < 1:
+                raise InputError(f"--{name} must be at least 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class TensorProfile:
+    """Shapes of one tensor: least, typical, most."""
+
+    name: str
+    dtype: str
+    is_input: bool
+    least: tuple[int, ...]
+    typical: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile of one graph, resolved for every input and output."""
+
+    name: str
+    tensors: tuple[TensorProfile, ...]
+
+    def inputs(self) -> list[TensorProfile]:
+        return [t for t in self.tensors if t.is_input]
+
+
+def resolve_profiles(bundle: Bundle, limits: Limits) -> dict[str, list[Profile]]:
+    """Every graph's profiles; the decoder has two, prefill and decode, in this order; the compressor video and, where
+    it differs, picture.
+
+    Raises:
+        InputError: more tokens than the model takes.
+        SfexportError: a graph has a dimension that this module does not know.
+    """
+    ranges = _dimension_ranges(bundle, limits)
+    out: dict[str, list[Profile]] = {}
+    for graph, profiles in ranges.items():
+        tensors = bundle.content["graphs"][graph]
+        out[graph] = [Profile(name, _resolve(graph, tensors, dims)) for name, dims in profiles.items()]
+    return out
+
+
+def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dict[str, Range]]]:
+    """graph -> profile -> symbolic dimension -> range."""
+    facts, frames = bundle.facts, limits.frames
+    cells, picture_cells = (bundle.tokens_per_frame(single_image=x) for x in (False, True))
+    compress = {VIDEO: _compressor_ranges(facts.slow_fast.fast, 1, frames, cells)}
+    if picture_cells != cells:
+        compress[PICTURE] = _compressor_ranges(facts.slow_fast.fast, 1, 1, picture_cells)
+    fast_tokens, slow = (max(r[d][2] for r in compress.values()) for d in ("fast_tokens", "slow_tokens"))
+    chunk = min(VISION_CHUNK, frames)
+    return {
+        "vision_encoder": {"encode": {"frames": (1, chunk, chunk)}},
+        "compressor": compress,
+        "decoder": _decoder_ranges(limits, fast_tokens, slow),
+    }
+
+
+def _compressor_ranges(fast: FastPathFacts, least: int, most: int, cells: int) -> dict[str, Range]:
+    """For `least` to `most` frames of `cells` tokens each."""
+    counts = range(least, most + 1)
+    fast_frames = [len(source_frames(n, fast)) for n in counts]
+    fast_tokens = [fast_token_count(n, cells, fast) for n in counts]
+    fast_cells = fast_tokens[0] // fast_frames[0]
+    return {
+        "frames": (least, most, most),
+        "cells": (cells, cells, cells),
+        "fast_frames": (min(fast_frames), fast_frames[-1], max(fast_frames)),
+        "fast_cells": (fast_cells, fast_cells, fast_cells),
+        "fast_tokens": (min(fast_tokens), fast_tokens[-1], max(fast_tokens)),
+        "slow_tokens": (least * cells, most * cells, most * cells),
+    }
+
+
+def _decoder_ranges(limits: Limits, fast_tokens: int, slow: int) -> dict[str, dict[str, Range]]:
+    prompt = limits.question_tokens + fast_tokens
+    total = prompt + limits.new_tokens
+    longest = max(fast_tokens, limits.question_tokens)
+    shared = {"batch": (1, 1, 1), "slow": (1, slow, slow)}
+    prefill = {"sequence": (1, longest, longest), "past": (0, 0, prompt), "total": (1, longest, total)}
+    decode = {"sequence": (1, 1, 1), "past": (1, prompt, total - 1), "total": (2, prompt + 1, total)}
+    return {PREFILL: shared | prefill, DECODE: shared | decode}
+
+
+def _resolve(
+    graph: str, tensors: Mapping[str, Sequence[Mapping[str, Any]]], ranges: Mapping[str, Range]
+) -> tuple[TensorProfile, ...]:
+    out = []
+    for side in ("inputs", "outputs"):
+        for tensor in tensors[side]:
+            dims = [_range(graph, tensor["name"], d, ranges) for d in tensor["shape"]]
+            shapes = (tuple(d[i] for d in dims) for i in range(3))
+            out.append(TensorProfile(tensor["name"], tensor["dtype"], side == "inputs", *shapes))
+    return tuple(out)
+
+
+def _range(graph: str, tensor: str, dimension: int | str, ranges: Mapping[str, Range]) -> Range:
+    if isinstance(dimension, int):
+        return dimension, dimension, dimension
+    if dimension not in ranges:
+        raise SfexportError(f"The {graph}'s tensor {tensor} has an unknown dynamic dimension {dimension!r}.")
+    return ranges[dimension]

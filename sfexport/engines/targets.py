@@ -1,0 +1,183 @@
+"""What engines are built for: the rows of targets.toml as objects. Imports a TOML reader and sfexport.errors."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from sfexport.errors import InputError, MissingDependency
+
+if TYPE_CHECKING:
+    from sfexport.engines.machine import Gpu, Machine
+
+# A machine reports less memory than its name says (firmware keeps some), and never this much less or more.
+_MEMORY_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine with one set of versions.
+
+    Attributes:
+        name: 'jetson-orin-agx-64', 'h100', ...
+        sm: compute capability times ten: 87 for an Orin.
+        tensorrt, cuda: major and minor version, '10.3' and '12.6'.
+        ptx_isa: PTX version, times ten, that its kernels are compiled to: its SM needs no newer, its driver takes it.
+        python: what the TensorRT bindings of its JetPack are built for.
+        jetpack: None in a datacenter.
+        multiprocessors: of the whole GPU; a Jetson's lower power modes switch some off.
+        precisions: what its TensorRT can compute in, of fp32, fp16, bf16, int8, int4, fp8, nvfp4.
+        memory_gb: in 10^9 bytes, as named by the vendor.
+        shared_memory: CPU and GPU share that memory.
+        bandwidth_gbs: memory bandwidth in 10^9 bytes per second.
+        fp16_tflops: dense, in 10^12 operations per second.
+        matches: part of a Jetson's model name, or a word of a GPU's name.
+    """
+
+    name: str
+    sm: int
+    tensorrt: str
+    cuda: str
+    ptx_isa: int
+    python: str
+    jetpack: str | None
+    multiprocessors: int
+    precisions: tuple[str, ...]
+    memory_gb: float
+    shared_memory: bool
+    bandwidth_gbs: float
+    fp16_tflops: float
+    matches: str
+
+
+@cache
+def load_targets() -> dict[str, tuple[Target, ...]]:
+    """Every target by name: one for each JetPack it can have, the default first.
+
+    Raises:
+        MissingDependency: Python 3.10 without tomli.
+    """
+    table = _read_toml()
+    return {
+        name: tuple(_target(name, row, table["software"][key]) for key in row["software"])
+        for name, row in table["target"].items()
+    }
+
+
+def find_target(name: str, jetpack: str | None = None) -> Target:
+    """The target called `name`, with the default JetPack or the one asked for.
+
+    Raises:
+        InputError: no such target; a JetPack that the board does not have, or any for a datacenter GPU.
+    """
+    targets = load_targets()
+    if name not in targets:
+        raise InputError(f"Unknown target {name!r}.", f"Choose one of {', '.join(targets)}.")
+    choices = targets[name]
+    if jetpack is None:
+        return choices[0]
+    known = [t.jetpack for t in choices if t.jetpack]
+    if not known:
+        raise InputError(
+            f"The target {name} has no JetPack {jetpack}: JetPack is for Jetson boards.", "Drop --jetpack."
+        )
+    if jetpack not in known:
+        raise InputError(f"The target {name} has no JetPack {jetpack}.", f"Choose one of {', '.join(known)}.")
+    return choices[known.index(jetpack)]
+
+
+def match_machine(machine: Machine) -> Target | None:
+    """The row of the machine looked at, with its JetPack's versions; None for a machine that the table does not have.
+
+    A Jetson is told by its model name and memory: its power modes switch multiprocessors off. Any other machine is
+    told by its first GPU's name, multiprocessors and memory.
+    """
+    if machine.jetson_model:
+        return _match_jetson(machine.jetson_model, machine.memory_gb, machine.jetpack)
+    return _match_gpu(machine.gpus[0]) if machine.gpus else None
+
+
+def _match_jetson(model: str, memory_gb: float | None, jetpack: str | None) -> Target | None:
+    rows = [t for t in load_targets().values() if t[0].jetpack and t[0].matches in model]
+    near = [t for t in rows if memory_gb is not None and _near(memory_gb, t[0].memory_gb)]
+    return _nearest_jetpack(near[0], jetpack) if near else None
+
+
+def _nearest_jetpack(choices: tuple[Target, ...], jetpack: str | None) -> Target:
+    """The first version of the same major that is not older, else the newest of that major, else the default."""
+    if jetpack is None:
+        return choices[0]
+    wanted = version(jetpack)[:2]
+    same = sorted((t for t in choices if version(t.jetpack)[0] == wanted[0]), key=lambda t: version(t.jetpack))
+    return next((t for t in same if version(t.jetpack) >= wanted), same[-1] if same else choices[0])
+
+
+def _match_gpu(gpu: Gpu) -> Target | None:
+    words = re.findall(r"[A-Za-z0-9]+", gpu.name)
+    rows = (t[0] for t in load_targets().values() if not t[0].jetpack and t[0].matches in words)
+    return next(
+        (t for t in rows if t.multiprocessors == gpu.multiprocessors and _near(gpu.memory_gb, t.memory_gb)), None
+    )
+
+
+def _near(seen: float, named: float) -> bool:
+    return abs(seen - named) <= _MEMORY_TOLERANCE * named
+
+
+def version(text: str | None) -> tuple[int, ...]:
+    """'10.16.1.11' -> (10, 16, 1, 11), for comparison; anything after the leading numbers is dropped."""
+    head = re.match(r"\d+(\.\d+)*", text or "")
+    return tuple(int(part) for part in head.group().split(".")) if head else ()
+
+
+def newest_ptx_isa(cuda: str) -> int:
+    """The newest PTX version, times ten, that a driver of this CUDA version takes: 85 for '12.6'; 0 before 12.0."""
+    wanted = version(cuda)[:2]
+    return max((isa for name, isa in _read_toml()["ptx_isa"].items() if version(name) <= wanted), default=0)
+
+
+def oldest_cuda(ptx_isa: int) -> str:
+    """The oldest CUDA version whose driver takes a PTX version: '12.5' for 85.
+
+    Raises:
+        InputError: no CUDA in the table is new enough.
+    """
+    for name, isa in _read_toml()["ptx_isa"].items():
+        if isa >= ptx_isa:
+            return name
+    raise InputError(f"No CUDA version is known to take PTX {ptx_isa / 10:.1f}.")
+
+
+def kernel_ptx_isa(sm: int) -> int:
+    """The PTX version, times ten, that kernels for this compute capability (times ten) are compiled to.
+
+    Raises:
+        InputError: an SM that no kernel is compiled for.
+    """
+    known = [isa for oldest, isa in _read_toml()["kernels"].items() if int(oldest) <= sm]
+    if not known:
+        raise InputError(f"There are no kernels for compute capability {sm / 10:.1f}.", "The oldest is 8.0.")
+    return max(known)
+
+
+def _target(name: str, row: dict[str, Any], software: dict[str, Any]) -> Target:
+    fields = {key: value for key, value in (software | row).items() if key not in ("software", "precisions")}
+    isa, precisions = kernel_ptx_isa(row["sm"]), tuple(row["precisions"])
+    return Target(**{"jetpack": None, **fields}, name=name, ptx_isa=isa, precisions=precisions)
+
+
+@cache
+def _read_toml() -> dict[str, Any]:
+    text = files("sfexport.engines").joinpath("targets.toml").read_text(encoding="utf-8")
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise MissingDependency("tomli", "Reading the table of targets", "pip install tomli") from None
+    return tomllib.loads(text)

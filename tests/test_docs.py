@@ -1,0 +1,107 @@
+"""The pages under docs/ stay true: their commands parse, their links lead somewhere, their sizes are the model's."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from sfexport.cli import main
+from sfexport.engines import checks
+from sfexport.engines.targets import Target, load_targets
+
+ROOT = Path(__file__).parent.parent
+PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("jetson.md", "datacenter.md")}
+KEYS: dict[str, list[int]] = json.loads((ROOT / "tests/golden/upstream_7b_keys.json").read_text())
+
+
+def commands() -> list[str]:
+    """Every sfexport command in the pages' shell blocks."""
+    blocks = [b for page in PAGES.values() for b in re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("sfexport ")]
+    return list(dict.fromkeys(lines))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_have_only_verbs_and_options_that_exist(line: str) -> None:
+    _, verb, *arguments = shlex.split(line, comments=True)
+    command = main.commands[verb]
+    command.make_context(verb, arguments, parent=click.Context(main))  # parses, runs nothing
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", PAGES[name]):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def numbers() -> dict[str, int]:
+    """Parameters of the released model by graph."""
+
+    def count(*parts: str) -> int:
+        chosen = (key for key in KEYS if any(part in key for part in parts) and ".head." not in key)
+        return sum(math.prod(KEYS[key]) for key in chosen)
+
+    parts = {
+        "vision encoder": count("vision_tower", "mm_projector"),
+        "compressor": count("cross_attn_kv_proj"),
+        "head": math.prod(KEYS["lm_head.weight"]),
+    }
+    everything = sum(math.prod(shape) for key, shape in KEYS.items() if ".head." not in key)
+    embedding = math.prod(KEYS["model.embed_tokens.weight"])
+    parts["decoder"] = everything - embedding - parts["vision encoder"] - parts["compressor"]
+    parts["engines"] = parts["vision encoder"] + parts["compressor"] + parts["decoder"]
+    parts["without the head"] = parts["decoder"] - parts["head"]
+    return parts
+
+
+def row(name: str, start: str) -> list[str]:
+    line = next(line for line in PAGES[name].splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "part"),
+    [
+        ("jetson.md", "vision encoder", "vision encoder"),
+        ("jetson.md", "compressor", "compressor"),
+        ("jetson.md", "decoder, without the head", "without the head"),
+        ("jetson.md", "decoder's head", "head"),
+        ("jetson.md", "**engines**", "engines"),
+        ("datacenter.md", "vision encoder", "vision encoder"),
+        ("datacenter.md", "compressor", "compressor"),
+        ("datacenter.md", "decoder", "decoder"),
+        ("datacenter.md", "**engines**", "engines"),
+    ],
+)
+def test_sizes_are_the_released_models(name: str, start: str, part: str) -> None:
+    parameters = numbers()[part]
+    cells = row(name, start)
+    assert [float(cell) for cell in cells[1:3]] == [round(4 * parameters / 1e9, 2), round(2 * parameters / 1e9, 2)]
+
+
+def test_the_doctor_uses_the_same_sizes() -> None:
+    parts, total = numbers(), sum(math.prod(shape) for shape in KEYS.values())
+    assert round(2 * parts["decoder"] / 1e9, 1) == checks.DECODER_GB
+    assert round(2 * parts["engines"] / 1e9, 1) == checks.ENGINES_GB
+    assert round(4 * total / 1e9, 1) == checks.FLOAT32_GB
+
+
+@pytest.mark.parametrize("target", [t[0] for t in load_targets().values()], ids=lambda t: t.name)
+def test_every_target_is_on_its_page(target: Target) -> None:
+    page = PAGES["jetson.md" if target.jetpack else "datacenter.md"]
+    line = next(line for line in page.splitlines() if line.startswith("|") and f"`{target.name}`" in line)
+    if not target.jetpack:
+        figures = (
+            f"{target.sm / 10:.1f}",
+            target.multiprocessors,
+            f"{target.memory_gb} GB",
+            f"{target.bandwidth_gbs:,}",
+        )
+        for figure in figures:
+            assert f"| {figure} |" in line
