@@ -81,7 +81,8 @@ def build_tensorrt(
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
     door = _prepare_plugin(trt, bundle, gpu, options, report)
-    build = BuildOptions(options.optimization_level, timing_cache=timing_cache_file(gpu.name, trt.__version__))
+    timings = timing_cache_file(gpu.name, trt.__version__)
+    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
     for name in GRAPHS:
         report(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
         graph = _graph_to_build(bundle, name, door, gpu, directory)

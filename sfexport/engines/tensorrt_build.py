@@ -34,11 +34,14 @@ class BuildOptions:
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: TensorRT's default.
         workspace: bytes of scratch memory that a tactic may take; None: TensorRT's default, all there is.
         timing_cache: file of timings of earlier builds, read and written; None: none.
+        tf32: let float32 products drop to TF32: right for the float32 islands of a 16-bit graph, wrong for a graph
+            that was exported in float32 for its accuracy.
     """
 
     optimization_level: int | None = None
     workspace: int | None = None
     timing_cache: Path | None = None
+    tf32: bool = True
 
 
 def build_engine(
@@ -167,6 +170,8 @@ def _configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> No
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine keeps its nodes' names
     if options.timing_cache is not None:
         file = options.timing_cache

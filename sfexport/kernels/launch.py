@@ -29,6 +29,7 @@ def cross_attention(
     lengths: torch.Tensor,
     tiles: Tiles,
     multiprocessors: int,
+    poison: bool = True,
 ) -> torch.Tensor:
     """context [B, S, heads * d] in query's type, as the node CrossAttention defines it.
 
@@ -36,14 +37,18 @@ def cross_attention(
         query: [B, heads, S, d], times 1/sqrt(d). key, value: [B, kv heads, T, d]. All contiguous.
         attends: bool [B, S]. lengths: int64 [B].
         multiprocessors: how many programs to make: the GPU's count, or any number for a test.
+        poison: fill outputs with NaN first, so that reading what no program wrote shows.
     """
     split_shapes = split_outputs(Integers(), query.shape, key.shape, multiprocessors)
     split = plan_split(Integers(), query.shape, key.shape, tiles, multiprocessors)
     combine = plan_combine(Integers(), query.shape, split_shapes[0])
-    # Poisoned, so that reading what no program wrote shows.
-    nan = {"fill_value": float("nan"), "device": query.device}
-    partial, logsumexp = (torch.full(shape, dtype=torch.float32, **nan) for shape in split_shapes)
-    (output,) = (torch.full(s, dtype=query.dtype, **nan) for s in combine_outputs(Integers(), query.shape))
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        empty = torch.empty(shape, dtype=dtype, device=query.device)
+        return empty.fill_(float("nan")) if poison else empty
+
+    partial, logsumexp = (make(shape, torch.float32) for shape in split_shapes)
+    output = make(combine_outputs(Integers(), query.shape)[0], query.dtype)
     launch_split(query, key, value, attends, lengths, partial, logsumexp, split, tiles)
     launch_combine(query, partial, logsumexp, attends, output, combine)
     return output
