@@ -1,0 +1,99 @@
+"""Run by test_in_graph.py in a process of its own: the demo's decoder with the Triton kernels in it.
+
+The function-free sibling that TensorRT parses is run by onnx's reference evaluator, whose CrossAttentionSplit and
+CrossAttentionCombine are sfexport's kernels in Triton's interpreter, launched as the plugins launch them. Prints the
+largest difference of the logits from ONNX Runtime's on the bundle's own graph, as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
+from sfexport.engines.plugin import OPERATIONS
+from sfexport.graphs import names
+from sfexport.graphs.plugin_nodes import COMBINE, SPLIT, PluginSettings, count_cross_attention, with_plugin_nodes
+from sfexport.kernels.launch import launch_combine, launch_split
+from sfexport.kernels.plan import Integers, tiles_for
+from sfexport.manifest import Bundle
+
+ATTRIBUTES = ("sm", "ptx_isa", "multiprocessors", "head_dim")
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+calls: list[str] = []
+
+
+def outputs_of(operation: Any, tensors: list[torch.Tensor], attributes: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The launch and poisoned outputs, planned as the plugins plan them."""
+    settings = PluginSettings(**{name: attributes[name] for name in ATTRIBUTES})
+    shapes = [tuple(t.shape) for t in tensors]
+    operation.check_shapes(shapes, settings)
+    made = [torch.full(s, float("nan")) for s in operation.output_shapes(Integers(), shapes, settings)]
+    calls.append(operation.name)
+    return operation.launch(Integers(), shapes, "fp32", settings), made
+
+
+class CrossAttentionSplit(OpRun):
+    op_domain = "sfexport"
+
+    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
+        launch, (partial, logsumexp) = outputs_of(BY_NAME[SPLIT], tensors, attributes)
+        tiles = tiles_for("fp32", attributes["head_dim"], attributes["sm"])
+        launch_split(*tensors, partial, logsumexp, launch, tiles)
+        return partial.numpy(), logsumexp.numpy()
+
+
+class CrossAttentionCombine(OpRun):
+    op_domain = "sfexport"
+
+    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
+        launch, (output,) = outputs_of(BY_NAME[COMBINE], tensors, attributes)
+        launch_combine(*tensors, output, launch)
+        return (output.numpy(),)
+
+
+def main() -> None:
+    bundle = Bundle.open(Path(sys.argv[1]))
+    facts, text = bundle.facts, bundle.facts.text
+    rng = np.random.default_rng(0)
+    backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, facts)
+    frames, cells = bundle.frames, bundle.tokens_per_frame(single_image=False)
+    _, slow = backend.compress(rng.standard_normal((frames, cells, text.hidden_size)).astype(np.float32))
+    sequence = 11
+    feeds = {
+        names.EMBEDS: rng.standard_normal((1, sequence, text.hidden_size)).astype(np.float32),
+        names.POSITIONS: np.arange(sequence, dtype=np.int64)[None],
+        names.MASK: np.ones((1, sequence), dtype=bool),
+        names.SLOW_ATTENDS: (np.arange(sequence) % 3 > 0)[None],
+        names.SLOW_LENGTHS: np.array([slow.length], dtype=np.int64),
+    }
+    empty = np.zeros((1, text.num_kv_heads, 0, text.head_dim), dtype=np.float32)
+    feeds |= dict.fromkeys(names.past_names(facts), empty)
+    feeds |= dict(zip(names.slow_names(facts), backend.to_numpy(slow), strict=True))
+
+    model = onnx.load(bundle.graph_file("decoder"))
+    settings = PluginSettings(sm=87, ptx_isa=85, multiprocessors=16, head_dim=text.head_dim)
+    sibling = with_plugin_nodes(model, settings)
+    evaluator = ReferenceEvaluator(sibling, new_ops=[CrossAttentionSplit, CrossAttentionCombine])
+    found = evaluator.run([names.LOGITS], feeds)[0]
+    ort = backend._sessions["decoder"].run([names.LOGITS], feeds)[0]
+    difference = float(np.abs(found - ort).max() / np.abs(ort).max())
+    print(json.dumps({"difference": difference, "calls": calls, "nodes": count_cross_attention(model)}))
+
+
+if __name__ == "__main__":
+    main()
