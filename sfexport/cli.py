@@ -207,8 +207,8 @@ def build(
 
 def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, Any]) -> Any:
     from sfexport.engines.build_tensorrt import TensorRTOptions
-    from sfexport.engines.targets import find_target
     from sfexport.errors import InputError
+    from sfexport.machines.targets import find_target
 
     if jetpack and not target:
         raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
@@ -392,9 +392,9 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
 
     Exits with 0 if TensorRT engines can be built, or if there is no NVIDIA GPU and ONNX Runtime works, with 1 if not.
     """
-    from sfexport.doctor import examine, show
-    from sfexport.engines.machine import look
-    from sfexport.engines.targets import find_target
+    from sfexport.doctor.report import examine, show
+    from sfexport.machines.machine import look
+    from sfexport.machines.targets import find_target
 
     report = examine(look(), find_target(target) if target else None)
     if as_json:

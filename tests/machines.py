@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfexport.engines.probe import Interpreter, Output, Probe
+from sfexport.machines.probe import Interpreter, Output, Probe
 
 MEMORY = "MemTotal: {total} kB\nMemFree: 1000 kB\nMemAvailable: {free} kB\nSwapTotal: {swap} kB\n"
 POWER_QUERY = ("nvpmodel", "-q")

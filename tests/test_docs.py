@@ -12,8 +12,8 @@ import click
 import pytest
 
 from sfexport.cli import main
-from sfexport.engines import checks
-from sfexport.engines.targets import Target, load_targets
+from sfexport.doctor import checks
+from sfexport.machines.targets import Target, load_targets
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("jetson.md", "datacenter.md")}

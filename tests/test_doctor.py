@@ -23,10 +23,10 @@ from machines import (
     power,
 )
 
-from sfexport.doctor import Report, examine, show
-from sfexport.engines.machine import Gpu, look
-from sfexport.engines.probe import Interpreter, Output, Probe
-from sfexport.engines.targets import find_target
+from sfexport.doctor.report import Report, examine, show
+from sfexport.machines.machine import Gpu, look
+from sfexport.machines.probe import Interpreter, Output, Probe
+from sfexport.machines.targets import find_target
 
 VENV_PYTHON = ORIN_62.python.executable
 BLIND_VENV = {"/home/me/venv/pyvenv.cfg": "home = /usr/bin\ninclude-system-site-packages = false\n"}

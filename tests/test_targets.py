@@ -6,8 +6,10 @@ import pytest
 from helpers import assert_says
 from machines import H100, LAPTOP, ORIN_62, ORIN_72, ORIN_NANO, THOR, Device, FakeCuda, FakeProbe, memory
 
-from sfexport.engines.machine import look
-from sfexport.engines.targets import (
+from sfexport.errors import InputError
+from sfexport.kernels.plan import SMS
+from sfexport.machines.machine import look
+from sfexport.machines.targets import (
     Target,
     find_target,
     kernel_ptx_isa,
@@ -17,8 +19,6 @@ from sfexport.engines.targets import (
     oldest_cuda,
     version,
 )
-from sfexport.errors import InputError
-from sfexport.kernels.plan import SMS
 
 ALL = [target for choices in load_targets().values() for target in choices]
 ORINS = ["jetson-orin-agx-64", "jetson-orin-agx-32", "jetson-orin-nx-16", "jetson-orin-nx-8", "jetson-orin-nano-8"]

@@ -73,8 +73,8 @@ def runtime_version(backend: str) -> str:
 def engine_name(backend: str, target: str | None = None) -> str:
     """Directory name of an engine set: <target>-<runtime>-<version>. TensorRT's default target is this machine."""
     if backend == "tensorrt" and target is None:
-        from sfexport.engines.machine import look
-        from sfexport.engines.targets import match_machine
+        from sfexport.machines.machine import look
+        from sfexport.machines.targets import match_machine
 
         here = match_machine(look())
         target = here.name if here else "gpu"

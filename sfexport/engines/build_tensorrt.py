@@ -14,17 +14,17 @@ from typing import Any
 import onnx
 
 from sfexport.engines import cuda
-from sfexport.engines.machine import Gpu, Machine, look
 from sfexport.engines.memory import MemoryPlan, plan_memory
 from sfexport.engines.plugin import KernelSource, choose_door, register_plugins
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
-from sfexport.engines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engine, timing_cache_file
 from sfexport.engines.tensorrt_library import check_driver, library, short_version
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
 from sfexport.kernels.compile import compile_kernels
 from sfexport.kernels.store import StoredKernels
+from sfexport.machines.machine import Gpu, Machine, look
+from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.manifest import GRAPHS, Bundle
 
 Report = Callable[[str], None]

@@ -13,6 +13,8 @@ import numpy as np
 
 from sfexport.facts import ModelFacts
 
+VISION_CHUNK = 8  # most frames that one call of encode_frames gets: engines are built for it
+
 
 @dataclass(frozen=True)
 class KeyValues:

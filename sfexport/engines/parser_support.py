@@ -1,23 +1,22 @@
 """What TensorRT's ONNX parser takes, per version (parser_support.toml), and checking a graph against it.
 
 Needs no TensorRT. A gap is something that the parser's source refuses or its documents do not list; a graph without
-one can still fail to build. Imports onnx, a TOML reader and sfexport.errors.
+one can still fail to build. Imports onnx; may import sfexport.tables and errors.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any
 
 import onnx
 import onnx.inliner
 
-from sfexport.errors import InputError, MissingDependency
+from sfexport.errors import InputError
+from sfexport.tables import read_table
 
 PLUGIN_ATTRIBUTES = frozenset({"plugin_namespace", "plugin_version"})
 _Key = tuple[str, str]  # a node's domain and operator
@@ -119,7 +118,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 @functools.cache
 def _rows() -> tuple[ParserSupport, ...]:
     """The table, every row merged with those before it."""
-    table = _read_toml()
+    table = read_table("sfexport.engines", "parser_support.toml")
     rows: list[ParserSupport] = []
     fields: dict[str, Any] = {}
     operators: dict[str, frozenset[str]] = {}
@@ -143,18 +142,6 @@ def _rows() -> tuple[ParserSupport, ...]:
             )
         )
     return tuple(rows)
-
-
-def _read_toml() -> dict[str, Any]:
-    text = files("sfexport.engines").joinpath("parser_support.toml").read_text(encoding="utf-8")
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise MissingDependency("tomli", "Reading the table of ONNX support", "pip install tomli") from None
-    return tomllib.loads(text)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfexport.engines.interface import VISION_CHUNK
 from sfexport.errors import InputError, SfexportError
 from sfexport.facts import FastPathFacts
 from sfexport.graphs.fast_path import fast_token_count, source_frames
 from sfexport.manifest import Bundle
 
-VISION_CHUNK = 8  # frames per call of the vision encoder; qa/pipeline.py reads the same number
 DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256
 VIDEO, PICTURE = "video", "picture"  # of the compressor: a picture's tokens are not pooled
 PREFILL, DECODE = "prefill", "decode"

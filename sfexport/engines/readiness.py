@@ -20,12 +20,12 @@ from sfexport.engines.memory import MemoryPlan, plan_memory
 from sfexport.engines.parser_support import ParserSupport, check_graph, support_for
 from sfexport.engines.plugin import FIRST_AHEAD
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
-from sfexport.engines.targets import Target, kernel_ptx_isa, newest_ptx_isa
 from sfexport.engines.tensorrt_library import short_version
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
 from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
 from sfexport.kernels.store import save_kernels
+from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
 from sfexport.manifest import GRAPHS, Bundle
 
 KIT_FILE = "check.json"

@@ -11,7 +11,7 @@ import numpy as np
 
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
-from sfexport.engines.interface import Backend
+from sfexport.engines.interface import VISION_CHUNK, Backend
 from sfexport.errors import InputError
 from sfexport.graphs.fast_path import fast_token_count
 from sfexport.manifest import Engines
@@ -23,7 +23,6 @@ from sfexport.video.preprocessing import preprocess
 from sfexport.video.sampling import sample_indices
 
 OnFrames = Callable[[int, int], None]
-CHUNK = 8  # frames per call of the vision encoder
 MAX_FRAMES = 65_536  # far beyond any model; keeps a slip of the keyboard from filling the memory
 
 
@@ -124,7 +123,7 @@ class Pipeline:
         def read(count: int) -> np.ndarray:
             return preprocess([next(frames) for _ in range(count)], self.bundle.image)
 
-        sizes = [min(CHUNK, len(indices) - i) for i in range(0, len(indices), CHUNK)]
+        sizes = [min(VISION_CHUNK, len(indices) - i) for i in range(0, len(indices), VISION_CHUNK)]
         with ThreadPoolExecutor(max_workers=1) as pool:
             pending = pool.submit(read, sizes[0])
             for size in sizes[1:]:

@@ -1,6 +1,6 @@
 """The single checks of `sfexport doctor`: a Machine and a Target in, one Line out.
 
-May import sfexport.engines.machine and sfexport.engines.targets; asks the system nothing.
+May import sfexport.machines.machine and sfexport.machines.targets; asks the system nothing.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sfexport.engines.machine import Machine
-from sfexport.engines.targets import Target, match_machine, newest_ptx_isa, oldest_cuda, version
+from sfexport.machines.machine import Machine
+from sfexport.machines.targets import Target, match_machine, newest_ptx_isa, oldest_cuda, version
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_JETPACK = (6, 1)  # 6.0 has TensorRT 8.6

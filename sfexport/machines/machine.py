@@ -1,6 +1,6 @@
 """What can be found out about this machine without loading a heavy library: one record, `look()`.
 
-Everything comes through a Probe. Imports nothing else but sfexport.engines.probe.
+Everything comes through a Probe. Imports nothing else but sfexport.machines.probe.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sfexport.engines.probe import Probe
+from sfexport.machines.probe import Probe
 
 PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "torch")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")

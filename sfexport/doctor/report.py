@@ -1,6 +1,6 @@
 """`sfexport doctor`: whether engines can be built and run on this machine, and the command that mends what is missing.
 
-May import sfexport.engines and sfexport.console.
+May import sfexport.machines and sfexport.console.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sfexport import console
-from sfexport.engines.checks import MISSING, Line, checks_for
-from sfexport.engines.machine import Machine
-from sfexport.engines.targets import Target, match_machine
+from sfexport.doctor.checks import MISSING, Line, checks_for
+from sfexport.machines.machine import Machine
+from sfexport.machines.targets import Target, match_machine
 
 ONNXRUNTIME_NEEDS = {"Python", "onnxruntime"}
 

@@ -1,18 +1,17 @@
-"""What engines are built for: the rows of targets.toml as objects. Imports a TOML reader and sfexport.errors."""
+"""What engines are built for: the rows of targets.toml as objects. May import sfexport.tables and errors."""
 
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from sfexport.errors import InputError, MissingDependency
+from sfexport.errors import InputError
+from sfexport.tables import read_table
 
 if TYPE_CHECKING:
-    from sfexport.engines.machine import Gpu, Machine
+    from sfexport.machines.machine import Gpu, Machine
 
 # A machine reports less memory than its name says (firmware keeps some), and never this much less or more.
 _MEMORY_TOLERANCE = 0.25
@@ -172,12 +171,4 @@ def _target(name: str, row: dict[str, Any], software: dict[str, Any]) -> Target:
 
 @cache
 def _read_toml() -> dict[str, Any]:
-    text = files("sfexport.engines").joinpath("targets.toml").read_text(encoding="utf-8")
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise MissingDependency("tomli", "Reading the table of targets", "pip install tomli") from None
-    return tomllib.loads(text)
+    return read_table("sfexport.machines", "targets.toml")
