@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
 from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
-from sfexport.qa.pipeline import CHUNK, Pipeline
+from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 
 Report = Callable[[str], None]
@@ -110,7 +110,7 @@ def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | N
 def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:
     if video is not None:
         return pipeline.read_frames(video, frames, "linspace")
-    count, size = min(pipeline.bundle.frames, CHUNK) if frames is None else frames, pipeline.bundle.image.crop
+    count, size = min(pipeline.bundle.frames, VISION_CHUNK) if frames is None else frames, pipeline.bundle.image.crop
     if count < 1:
         raise InputError(f"The number of frames must be at least 1, not {count}.")
     noise = np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
@@ -118,7 +118,7 @@ def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple
 
 
 def _encode(backend: Backend, pixels: np.ndarray, single: bool) -> np.ndarray:
-    chunks = [pixels[i : i + CHUNK] for i in range(0, len(pixels), CHUNK)]
+    chunks = [pixels[i : i + VISION_CHUNK] for i in range(0, len(pixels), VISION_CHUNK)]
     return np.concatenate([backend.encode_frames(chunk, single) for chunk in chunks])
 
 

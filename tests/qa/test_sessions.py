@@ -76,7 +76,7 @@ def test_frames_of_a_short_clip_are_encoded_once_each(tree, pipeline: Pipeline, 
 def test_the_size_of_chunks_does_not_matter(tree, pipeline: Pipeline, options, monkeypatch) -> None:
     answers = []
     for chunk in (1, 5, 64):
-        monkeypatch.setattr(pipeline_module, "CHUNK", chunk)
+        monkeypatch.setattr(pipeline_module, "VISION_CHUNK", chunk)
         answers.append(pipeline.encode(tree.clip).ask(QUESTIONS[0], options).ids)
     assert answers[0] == answers[1] == answers[2]
 
