@@ -66,7 +66,7 @@ class Clips(Dataset):
 
     Args:
         detail: share of a clip's questions that are about one-frame details.
-        directions, counts: how much oftener these are asked than another overview question.
+        directions, counts, shapes: how much oftener these are asked than another overview question.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class Clips(Dataset):
         detail: float = 0.0,
         directions: int = 2,
         counts: int = 1,
+        shapes: int = 1,
     ) -> None:
         self.seed, self.count, self.tokenizer, self.detail = seed, count, tokenizer, detail
-        self.directions, self.counts = directions, counts
+        self.directions, self.counts, self.shapes = directions, counts, shapes
 
     def __len__(self) -> int:
         return self.count
@@ -99,6 +100,7 @@ class Clips(Dataset):
         overview += [q for q in overview if "direction" in q.kind]
         overview += [q for q in overview if q.kind == "direction"] * (self.directions - 2)
         overview += [q for q in overview if q.kind == "count"] * (self.counts - 1)
+        overview += [q for q in overview if q.kind == "shape"] * (self.shapes - 1)
         out = []
         for _ in range(QUESTIONS_PER_CLIP):
             pool = details if rng.random() < self.detail else overview

@@ -6,7 +6,7 @@ Stages, each resumed or skipped if the run is repeated:
     base      the decoder without slow branch, on overview questions
     motion    the same again with a fresh learning rate: directions and binding come late
     slow      the hybrid layers are added; overview and detail questions
-    polish    the same with more questions about directions
+    polish    the same with more questions about shapes and directions
     balance   and with more about counts, at a lower rate
 
 With --plain the last three stages run without slow branch, for comparison: the same data and steps.
@@ -51,7 +51,7 @@ class Stage:
     """One stage's settings; `seed` is an offset into TRAINING_SEEDS.
 
     Attributes:
-        detail: share of questions about one-frame details. directions, counts: see Clips.
+        detail: share of questions about one-frame details. directions, counts, shapes: see Clips.
         slow_dropout: share of steps without slow branch.
         auxiliary: weight of the heads on slow tokens. cells: heads for shape and colour per cell among them.
     """
@@ -63,6 +63,7 @@ class Stage:
     detail: float = 0.0
     directions: int = 2
     counts: int = 1
+    shapes: int = 1
     slow_dropout: float = 0.0
     auxiliary: float = 0.5
     cells: bool = True
@@ -75,8 +76,10 @@ STAGES = {
     "base": Stage("base", 1, 1400, 1.5e-3, cells=False),
     "motion": Stage("motion", 3, 1200, 1.5e-3, auxiliary=0.3),
     "slow": Stage("slow", 2, 1200, 1.2e-3, detail=0.65, slow_dropout=0.2, auxiliary=0.25),
-    "polish": Stage("polish", 4, 600, 1e-3, detail=0.3, slow_dropout=0.2, auxiliary=0.15, directions=8),
-    "balance": Stage("balance", 5, 400, 6e-4, detail=0.3, slow_dropout=0.2, auxiliary=0.1, directions=4, counts=4),
+    "polish": Stage("polish", 4, 1000, 1.2e-3, detail=0.45, slow_dropout=0.2, auxiliary=0.15, directions=4, shapes=6),
+    "balance": Stage(
+        "balance", 5, 500, 6e-4, detail=0.35, slow_dropout=0.2, auxiliary=0.1, directions=4, counts=3, shapes=4
+    ),
 }
 
 
@@ -135,6 +138,7 @@ def run_stage(stage: Stage, lm: LlavaQwenSlowFastForCausalLM, out: Path, tokeniz
         stage.detail,
         stage.directions,
         stage.counts,
+        stage.shapes,
     )
     arguments = TrainingArguments(
         output_dir=str(out / stage.name),

@@ -51,7 +51,8 @@ class TensorRTOptions:
 
     def limits(self, bundle: Bundle) -> Limits:
         given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens}
-        return Limits(self.frames or bundle.frames, **{k: v for k, v in given.items() if v is not None})
+        frames = bundle.frames if self.frames is None else self.frames
+        return Limits(frames, **{k: v for k, v in given.items() if v is not None})
 
     def kernel_source(self) -> KernelSource:
         return compile_kernels if self.kernels is None else StoredKernels(self.kernels)

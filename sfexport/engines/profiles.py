@@ -114,11 +114,11 @@ def _compressor_ranges(fast: FastPathFacts, least: int, most: int, cells: int) -
 
 def _decoder_ranges(limits: Limits, fast_tokens: int, slow: int) -> dict[str, dict[str, Range]]:
     prompt = limits.question_tokens + fast_tokens
-    total = prompt + limits.new_tokens
-    longest = max(fast_tokens, limits.question_tokens)
+    longest, last = max(fast_tokens, limits.question_tokens), prompt + limits.new_tokens - 1
+    # At each of the three sizes total is past plus sequence, as TensorRT propagates shapes there.
+    prefill = {"sequence": (1, longest, longest), "past": (0, 0, prompt), "total": (1, longest, prompt + longest)}
+    decode = {"sequence": (1, 1, 1), "past": (1, prompt, last), "total": (2, prompt + 1, last + 1)}
     shared = {"batch": (1, 1, 1), "slow": (1, slow, slow)}
-    prefill = {"sequence": (1, longest, longest), "past": (0, 0, prompt), "total": (1, longest, total)}
-    decode = {"sequence": (1, 1, 1), "past": (1, prompt, total - 1), "total": (2, prompt + 1, total)}
     return {PREFILL: shared | prefill, DECODE: shared | decode}
 
 

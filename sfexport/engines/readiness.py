@@ -83,7 +83,7 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     """Check a build of `bundle` for `target`.
 
     Raises:
-        InputError: limits without meaning, a TensorRT version older than 10.3.
+        InputError: limits without meaning, a directory that holds no kernels, a TensorRT older than 10.3.
     """
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
@@ -124,8 +124,9 @@ def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> 
         return [], ()
     isa = kernel_ptx_isa(target.sm)
     checked = f"compiles for SM {target.sm / 10:.1f}, PTX {isa / 10:.1f}"
+    source = options.kernel_source()
     try:
-        kernels = options.kernel_source()(bundle.precision, bundle.facts.text.head_dim, target.sm, isa)
+        kernels = source(bundle.precision, bundle.facts.text.head_dim, target.sm, isa)
     except MissingDependency as error:
         return [Line("plugin kernels", checked, error.paragraph(), None)], ()
     except SfexportError as error:

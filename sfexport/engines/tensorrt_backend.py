@@ -7,6 +7,7 @@ longest prompt and answer, so that memory does not grow with questions.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from sfexport.graphs.fast_path import cell_weights, frame_weights
 from sfexport.manifest import GRAPHS
 
 RUNTIME = "tensorrt"
+_PROFILES = (PREFILL, DECODE)  # of the decoder, in resolve_profiles' order
 _LIMITS = {
     names.PIXELS: "--frames",
     names.SLOW_TOKENS: "--frames",
@@ -63,8 +65,10 @@ class _Owned(Buffer):
     """A buffer that is freed with the last reference."""
 
     def __del__(self) -> None:
-        if hasattr(self, "pointer"):
-            self.free()
+        # When the process ends the driver may go first; there is nobody left to tell.
+        with contextlib.suppress(SfexportError):
+            if hasattr(self, "pointer"):
+                self.free()
 
 
 class _Pool:
@@ -108,11 +112,16 @@ class Engine:
         self.types: dict[str, np.dtype] = {}
         self.inputs: list[str] = []
         self.outputs: list[str] = []
+        # By input: the least and most shape of each profile.
+        self._ranges: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             self.types[name] = numpy_type(engine.get_tensor_dtype(name))
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (self.inputs if is_input else self.outputs).append(name)
+            if is_input:
+                shapes = [engine.get_tensor_profile_shape(name, p) for p in range(engine.num_optimization_profiles)]
+                self._ranges[name] = [(tuple(least), tuple(most)) for least, _, most in shapes]
 
     def prepare(self, scratch: Buffer) -> None:
         """Make the context, with memory that all engines share."""
@@ -122,19 +131,20 @@ class Engine:
             raise SfexportError(f"TensorRT cannot make a context for the {self.name}; memory may be full.")
         self.context.set_device_memory(scratch.pointer, scratch.size)
 
-    def largest(self, name: str) -> tuple[int, ...]:
-        """The largest shape of an input over all profiles."""
-        profiles = range(self.engine.num_optimization_profiles)
-        shapes = [tuple(self.engine.get_tensor_profile_shape(name, i)[2]) for i in profiles]
-        return tuple(max(dims) for dims in zip(*shapes, strict=True))
+    def most(self, name: str, profile: int) -> tuple[int, ...]:
+        """The largest shape of an input in a profile."""
+        return self._ranges[name][profile][1]
+
+    def all_most(self, name: str) -> list[tuple[int, ...]]:
+        """The largest shape of an input in each profile; nothing for an output."""
+        return [most for _, most in self._ranges.get(name, [])]
 
     def profile_for(self, name: str, shape: tuple[int, ...]) -> int:
         """The first profile that takes `shape` for an input; 0 where none does, whose refusal then explains it."""
-        profiles = range(self.engine.num_optimization_profiles)
-        return next((i for i in profiles if self._takes(name, shape, i)), 0)
+        return next((i for i in range(len(self._ranges[name])) if self._takes(name, shape, i)), 0)
 
     def _takes(self, name: str, shape: tuple[int, ...], profile: int) -> bool:
-        least, _, most = self.engine.get_tensor_profile_shape(name, profile)
+        least, most = self._ranges[name][profile]
         return len(shape) == len(most) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
 
     def run(self, tensors: Mapping[str, DeviceTensor], stream: Stream, profile: int = 0) -> None:
@@ -163,7 +173,7 @@ class Engine:
     def _check_shape(self, name: str, shape: tuple[int, ...], profile: int) -> None:
         if self._takes(name, shape, profile):
             return
-        least, _, most = self.engine.get_tensor_profile_shape(name, profile)
+        least, most = self._ranges[name][profile]
         option = next((o for prefix, o in _LIMITS.items() if name.startswith(prefix)), None)
         hint = f"Build the engines again with a larger {option}." if option else "Build the engines again."
         raise InputError(
@@ -191,7 +201,7 @@ class TensorRTBackend(Backend):
         self._slow_names, self._past_names = names.slow_names(facts), names.past_names(facts)
         self._present_names = names.present_names(facts)
         self._kv_type = self._decoder.types[self._past_names[0]]
-        self._longest = self._decoder.largest(names.MASK)[1]
+        self._longest = self._decoder.most(names.MASK, _PROFILES.index(DECODE))[1]
         text = facts.text
         self._kv_size = text.num_kv_heads * text.head_dim * self._kv_type.itemsize  # bytes per position and tensor
         self._pool = _Pool(self._kv_size * self._longest * len(self._past_names))
@@ -228,6 +238,11 @@ class TensorRTBackend(Backend):
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         engine, length = self._decoder, step.inputs_embeds.shape[1]
         total = step.start + length
+        if total > self._longest:
+            raise InputError(
+                f"Prompt and answer reach {total} tokens; these engines are built for {self._longest}.",
+                "Build the engines again with larger --max-question-tokens, --max-new-tokens or --frames.",
+            )
         feeds = {
             names.EMBEDS: step.inputs_embeds,
             names.POSITIONS: np.arange(step.start, total, dtype=np.int64)[None],
@@ -242,12 +257,11 @@ class TensorRTBackend(Backend):
             tensors |= zip(self._slow_names, slow.tensors, strict=True)
         past = step.past.tensors if step.past else self._key_values(0)
         tensors |= zip(self._past_names, past, strict=True)
-        # Beyond the engine's reach the input check below explains it; the buffers end there.
-        present = self._key_values(min(total, self._longest))
+        present = self._key_values(total)
         tensors |= zip(self._present_names, present, strict=True)
         tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (1, self.facts.text.vocab_size))
         is_decode = length == 1 and step.start > 0
-        engine.run(tensors, self._stream, (PREFILL, DECODE).index(DECODE if is_decode else PREFILL))
+        engine.run(tensors, self._stream, _PROFILES.index(DECODE if is_decode else PREFILL))
         return self._download(tensors[names.LOGITS])[0], KeyValues(present, total)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
@@ -285,9 +299,9 @@ class TensorRTBackend(Backend):
         return DeviceTensor(buffer.pointer, tuple(shape), dtype, buffer)
 
     def _reuse(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
-        """Memory that the next call uses again."""
+        """Memory that the next call uses again; an input's is as large as the engine takes, so that it never grows."""
         dtype, key = engine.types[name], (engine.name, name)
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = max(int(np.prod(s)) for s in (shape, *engine.all_most(name))) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].size < size:
             self._buffers[key] = _Owned(size)
         return DeviceTensor(self._buffers[key].pointer, tuple(shape), dtype, self._buffers[key])

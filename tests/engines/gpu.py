@@ -1,0 +1,77 @@
+"""A machine with a GPU, played on host memory: a recorder for TensorRT, a driver, and what the plugins compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper
+from recorder import Recorder
+from trt_bindings.execution import HostExecution
+from trt_bindings.host_cuda import HostDriver
+
+from sfexport.graphs.cross_attention import DOMAIN, cross_attention_function
+from sfexport.graphs.plugin_nodes import COMBINE, SPLIT
+from sfexport.machines.machine import Cuda, Gpu, Machine, look
+from sfexport.manifest import Bundle
+
+VERSIONS = ("10.3", "10.16", "11.4")
+ORIN = Gpu("Orin", 87, 16, 64.0)
+ATTRIBUTES = ["sm", "ptx_isa", "multiprocessors", "head_dim", "plugin_namespace", "plugin_version"]
+
+
+def plugin_bodies() -> list[onnx.FunctionProto]:
+    """The plugins' mathematics for ONNX Runtime: the first computes the whole context, the second passes it on."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    inputs = ["query", "key", "value", "attends", "lengths"]
+    whole = helper.make_node("CrossAttention", inputs, ["partial"], domain=DOMAIN)
+    nodes = [whole, helper.make_node("Identity", ["partial"], ["logsumexp"])]
+    split = helper.make_function(DOMAIN, SPLIT, inputs, ["partial", "logsumexp"], nodes, opsets, ATTRIBUTES)
+    inputs = ["query", "partial", "logsumexp", "attends"]
+    nodes = [helper.make_node("Identity", ["partial"], ["context"])]
+    combine = helper.make_function(DOMAIN, COMBINE, inputs, ["context"], nodes, opsets, ATTRIBUTES)
+    return [ir.to_proto(cross_attention_function(18)), split, combine]
+
+
+@dataclasses.dataclass
+class PlayedGpu:
+    """`recorder` stands in for tensorrt, `driver` for cuda-python, `machine` is what is looked at."""
+
+    recorder: Recorder
+    driver: HostDriver
+    machine: Machine
+
+
+@contextmanager
+def played_gpu(
+    monkeypatch: pytest.MonkeyPatch, version: str, cache: Path, bundle: Bundle | None = None, **recorder: Any
+) -> Iterator[PlayedGpu]:
+    """An AGX Orin with TensorRT `version`; engines compute if a bundle's weights are named."""
+    from sfexport.engines import cuda
+
+    driver = HostDriver(sm=87, multiprocessors=16)
+    execution = HostExecution(driver, bundle.weights_directory, plugin_bodies()) if bundle else None
+    made = Recorder(version, execute=execution, **recorder)
+    machine = dataclasses.replace(
+        look(),
+        jetson_model="NVIDIA Jetson AGX Orin Developer Kit",
+        jetpack="6.2",
+        memory_gb=64.0,
+        cuda=Cuda(True, "540.4.0", "12.6", (ORIN,), None),
+    )
+    monkeypatch.setattr(cuda, "bindings", lambda: driver)
+    monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: machine)
+    monkeypatch.setattr("sfexport.engines.tensorrt_library.runtime_version", lambda: made.__version__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    for function in (cuda.initialise, cuda.device_sm):
+        function.cache_clear()
+    with made.installed():
+        yield PlayedGpu(made, driver, machine)
+    for function in (cuda.initialise, cuda.device_sm):
+        function.cache_clear()

@@ -1,0 +1,155 @@
+"""The TensorRT backend, run on host memory: ONNX Runtime computes what an engine would (tests/engines/gpu.py).
+
+It proves the handling of memory, shapes and profiles. That TensorRT computes the same is not proved here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpu import VERSIONS, played_gpu
+
+from sfexport.checkpoint import Checkpoint
+from sfexport.demo.clip import write_frames
+from sfexport.demo.shipped import SHIPPED
+from sfexport.demo.world import FPS, SIZE, UPSCALE, video_frames
+from sfexport.engines.build import build, open_backend
+from sfexport.engines.build_tensorrt import TensorRTOptions
+from sfexport.errors import BundleError, InputError, SfexportError
+from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.manifest import Bundle, Engines
+from sfexport.qa.pipeline import Pipeline
+
+pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
+QUESTIONS = ("How many shapes are there?", "Describe the circle.", "Where does the circle move?")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in fp32, its ONNX Runtime engines, a clip."""
+    root = tmp_path_factory.mktemp("run")
+    bundle = export(Checkpoint.open(SHIPPED), root / "bundle", ExportOptions())
+    build(bundle, root / "cpu", "onnxruntime")
+    write_frames(root / "clip.mp4", video_frames(2026, 7), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
+    return root
+
+
+def answers(pipeline: Pipeline, clip: Path) -> list[list[int]]:
+    session = pipeline.encode(clip)
+    options = pipeline.generation_options()
+    return [session.ask(q, options, mode).ids for q in QUESTIONS for mode in ("released", "trained")]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_answers_are_those_of_onnx_runtime(version, made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    expected = answers(Pipeline.load(made / "cpu"), made / "clip.mp4")
+    with played_gpu(monkeypatch, version, tmp_path / "cache", bundle) as played:
+        build(bundle, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(new_tokens=8, question_tokens=64))
+        before = len(played.recorder.calls)
+        assert answers(Pipeline.load(tmp_path / "engines"), made / "clip.mp4") == expected
+        names = [call.name for call in played.recorder.calls[before:]]
+    # Prefill and decode take turns; the encoder and the compressor stay in their first profile.
+    assert names.count("IExecutionContext.set_optimization_profile_async") >= 2
+    assert names.count("IExecutionContext.set_device_memory") == 3
+
+
+def test_memory_does_not_grow_with_questions(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache", bundle) as played:
+        build(bundle, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(new_tokens=8, question_tokens=64))
+        pipeline = Pipeline.load(tmp_path / "engines")
+        session, options = pipeline.encode(made / "clip.mp4"), pipeline.generation_options()
+        for mode in ("released", "trained"):
+            session.ask("Describe the circle.", options, mode)
+        live = played.driver.live
+        for _ in range(20):
+            session.ask("Describe the circle.", options, "trained")
+            session.ask("Where does the circle move?", options, "released")
+        assert played.driver.live == live
+        del session
+        backend = pipeline.backend
+        second = pipeline.encode(made / "clip.mp4")
+        assert second.ask("Describe the circle.", options, "trained").ids
+        # Another video's slow K/V took the place of the first one's.
+        assert played.driver.live <= live
+        assert backend is pipeline.backend
+
+
+def test_key_values_go_to_the_host_and_back(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    rng = np.random.default_rng(0)
+    with played_gpu(monkeypatch, "11.4", tmp_path / "cache", bundle):
+        build(bundle, tmp_path / "engines", "tensorrt")
+        backend = open_backend(Engines.open(tmp_path / "engines"))
+        text = bundle.facts.text
+        shape = (1, text.num_kv_heads, 5, text.head_dim)
+        arrays = [rng.standard_normal(shape).astype(np.float32) for _ in range(2 * text.num_layers)]
+        held = backend.from_numpy(arrays)
+        assert held.length == 5
+        for array, back in zip(arrays, backend.to_numpy(held), strict=True):
+            np.testing.assert_array_equal(array, back)
+
+
+def test_what_does_not_fit_the_engines_is_refused_by_name(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.16", tmp_path / "cache", bundle):
+        options = TensorRTOptions(frames=16, question_tokens=32, new_tokens=60)
+        build(bundle, tmp_path / "engines", "tensorrt", tensorrt=options)
+        pipeline = Pipeline.load(tmp_path / "engines")
+        with pytest.raises(InputError, match=r"slow_tokens of shape \[20, 9, 128\].*compressor engine") as error:
+            pipeline.encode(made / "clip.mp4", frames=20)
+        assert "--frames" in error.value.hint
+        session = pipeline.encode(made / "clip.mp4")
+        long = "How many shapes are there? " * 5
+        with pytest.raises(InputError, match="inputs_embeds of shape") as error:
+            session.ask(long, pipeline.generation_options())
+        assert "--max-question-tokens" in error.value.hint
+        # The answer goes on until prompt and answer pass what the buffers hold.
+        endless = replace(pipeline.generation_options(), stop_ids=frozenset(), max_new_tokens=99)
+        with pytest.raises(InputError, match=r"reach \d+ tokens; these engines are built for") as error:
+            session.ask("Describe the circle.", endless, "trained")
+        assert "--max-new-tokens" in error.value.hint
+        assert session.ask("How many shapes are there?", pipeline.generation_options()).ids
+
+
+def test_engines_from_elsewhere_are_refused_before_they_are_read(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache", bundle) as played:
+        build(bundle, tmp_path / "engines", "tensorrt")
+        read = played.recorder.names().count("Runtime.deserialize_cuda_engine")
+        played.driver._attributes |= {"major": 9, "minor": 0}
+        from sfexport.engines.cuda import device_sm
+
+        device_sm.cache_clear()
+        with pytest.raises(BundleError, match=r"built on Orin \(SM 8\.7\); this machine's GPU is of SM 9\.0.*"):
+            open_backend(Engines.open(tmp_path / "engines"))
+        assert played.recorder.names().count("Runtime.deserialize_cuda_engine") == read
+    with (
+        played_gpu(monkeypatch, "10.16", tmp_path / "cache", bundle),
+        pytest.raises(BundleError, match=r"built with tensorrt 10\.3.*this machine has tensorrt 10\.16"),
+    ):
+        open_backend(Engines.open(tmp_path / "engines"))
+
+
+def test_without_a_driver_nothing_of_tensorrt_is_touched(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache", bundle) as played:
+        build(bundle, tmp_path / "engines", "tensorrt")
+        before = len(played.recorder.calls)
+
+        def no_driver(flags: int) -> tuple[int]:
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+        played.driver.cuInit = no_driver
+        from sfexport.engines.cuda import initialise
+
+        initialise.cache_clear()
+        with pytest.raises(SfexportError, match="no NVIDIA driver"):
+            open_backend(Engines.open(tmp_path / "engines"))
+        with pytest.raises(SfexportError, match="no NVIDIA driver"):
+            build(bundle, tmp_path / "more", "tensorrt")
+        assert len(played.recorder.calls) == before

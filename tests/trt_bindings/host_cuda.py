@@ -1,0 +1,95 @@
+"""cuda-python's driver module on host memory, so that a TensorRT backend runs on a CPU (with HostExecution).
+
+    monkeypatch.setattr("sfexport.engines.cuda.bindings", lambda: driver)   # driver = HostDriver()
+
+Copies happen at once, kernels cannot be launched. What a GPU would punish is refused: copies outside allocated memory,
+freeing twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+OK, INVALID = 0, 1
+
+
+class HostDriver:
+    """Every function returns (status, results...), as cuda-python's do. `live` and `peak` are bytes allocated."""
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
+    )
+
+    def __init__(self, sm: int = 87, multiprocessors: int = 16) -> None:
+        self._attributes = {"major": sm // 10, "minor": sm % 10, "multiprocessors": multiprocessors}
+        self._memory: dict[int, Any] = {}
+        self._streams = 0
+        self.live = self.peak = 0
+
+    def holds(self, address: int, size: int) -> bool:
+        """Whether a range lies inside one allocation."""
+        blocks = ((start, ctypes.sizeof(block)) for start, block in self._memory.items())
+        return any(start <= address and address + size <= start + length for start, length in blocks)
+
+    def cuInit(self, flags: int) -> tuple[int]:
+        return (OK,)
+
+    def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return OK, b"invalid argument"
+
+    def cuDeviceGetCount(self) -> tuple[int, int]:
+        return OK, 1
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[int, int]:
+        return OK, ordinal
+
+    def cuDeviceGetAttribute(self, attribute: str, device: int) -> tuple[int, int]:
+        return OK, self._attributes[attribute]
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, int]:
+        return OK, 1
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        return (OK,)
+
+    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
+        self._streams += 1
+        return OK, self._streams
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        return (OK,)
+
+    def cuStreamDestroy(self, stream: int) -> tuple[int]:
+        return (OK,)
+
+    def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        if size < 1:
+            return INVALID, 0
+        block = (ctypes.c_char * size)()
+        self._memory[ctypes.addressof(block)] = block
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        return OK, ctypes.addressof(block)
+
+    def cuMemFree(self, address: int) -> tuple[int]:
+        block = self._memory.pop(int(address), None)
+        if block is None:
+            return (INVALID,)
+        self.live -= ctypes.sizeof(block)
+        return (OK,)
+
+    def cuMemcpyHtoDAsync(self, device: int, host: int, size: int, stream: int) -> tuple[int]:
+        return self._copy(device, host, size, device)
+
+    def cuMemcpyDtoHAsync(self, host: int, device: int, size: int, stream: int) -> tuple[int]:
+        return self._copy(host, device, size, device)
+
+    def _copy(self, to: int, source: int, size: int, device: int) -> tuple[int]:
+        if not self.holds(device, size):
+            return (INVALID,)
+        ctypes.memmove(to, source, size)
+        return (OK,)
