@@ -18,8 +18,10 @@ OLDEST_CUDA, OLDEST_SM, OLDEST_ISA = "12.5", 80, 85
 # TensorRT from 10.9 to 10.16 compiles quick plugins through an interface that NumPy 2.4 has dropped.
 QUICK_PLUGINS = ((10, 9), (11, 0))
 NUMPY_TOO_NEW = (2, 4)
-# The released 8.5 B model: its decoder in fp16, which a builder holds twice; its engines in fp16; all in float32.
-DECODER_GB, ENGINES_GB, FLOAT32_GB = 14.1, 15.9, 34.0
+# The released 8.5 B model: its engines in fp16; all in float32.
+ENGINES_GB, FLOAT32_GB = 15.9, 34.0
+# Building its decoder in 16 bits, without and with weights that the parser reads where they lie (engines/memory.py).
+JETSON_BUILD_GB, HOST_BUILD_GB, FIRST_MAPPED = (44.0, 29.9), (28.3, 14.1), (10, 13)
 OK, WARNING, MISSING = "ok", "warning", "missing"
 APT_TENSORRT = "python3-libnvinfer python3-libnvinfer-dev tensorrt"
 _NOT_NEEDED = "not needed to build or answer"
@@ -246,10 +248,15 @@ def _onnxruntime(machine: Machine, target: Target | None) -> Line:
 
 
 def _memory(machine: Machine, target: Target | None) -> Line:
-    """Twice the decoder's weights to build it, or all weights in float32 to run them in ONNX Runtime."""
-    needed, use = (2 * DECODER_GB, "build") if machine.cuda.device else (FLOAT32_GB, "run")
-    precision = "fp16" if machine.cuda.device else "float32"
-    expected = f"{needed:.0f} GB to {use} the 8.5 B model in {precision} (computed)"
+    """What a build is expected to take of the host's memory, or float32 weights in ONNX Runtime."""
+    if not machine.cuda.device:
+        needed, expected = FLOAT32_GB, f"{FLOAT32_GB:.0f} GB to run the 8.5 B model in float32 (computed)"
+    else:
+        mapped = target is not None and version(target.tensorrt) >= FIRST_MAPPED
+        # On a Jetson the GPU's share comes out of the same memory.
+        sizes = JETSON_BUILD_GB if machine.jetson_model else HOST_BUILD_GB
+        needed = sizes[mapped]
+        expected = f"{needed:.0f} GB to build the 8.5 B model in 16 bits (estimated)"
     if machine.memory_gb is None:
         return Line("memory", "unknown", expected)
     free, swap = machine.memory_available_gb or 0.0, machine.swap_gb or 0.0
