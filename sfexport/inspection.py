@@ -97,6 +97,7 @@ def _engines(engines: Engines) -> dict[str, Any]:
         "path": str(engines.path),
         "sfexport": content["sfexport"],
         **{key: content[key] for key in ("backend", "target", "machine", "runtime")},
+        **{key: content[key] for key in ("gpu", "cuda", "plugin", "limits") if key in content},
         "files": {name: entry["size"] for name, entry in content["files"].items()},
         "bundle": _bundle(engines.bundle),
     }
@@ -111,6 +112,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         runtime = document["runtime"]
         lines += [("runs on", f"{document['target']} ({document['machine']}), {runtime['name']} {runtime['version']}")]
         lines += [("built from", bundle["path"])]
+        lines += _tensorrt_rows(document) if "limits" in document else []
     lines += _model_rows(bundle["model"], bundle["image"])
     if kind == "checkpoint":
         lines += [(f"parameters: {part}", f"{n:,}") for part, n in document["parameters"].items()]
@@ -123,6 +125,16 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("written by", f"sfexport {document['sfexport']}")]
         lines += [("tools", ", ".join(f"{k} {v}" for k, v in bundle["tools"].items()))]
     return lines
+
+
+def _tensorrt_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    gpu, limits = document["gpu"], document["limits"]
+    tokens = f"{limits['question_tokens']} prompt tokens, {limits['new_tokens']} new tokens"
+    return [
+        ("built on", f"{gpu['name']} (SM {gpu['sm'] / 10:.1f}), CUDA {document['cuda']['newest']}"),
+        ("takes up to", f"{limits['frames']} frames, {tokens}"),
+        ("plugin", {"ahead": "in the engine", "python": "Python"}.get(document["plugin"], "none")),
+    ]
 
 
 def _model_rows(model: dict[str, Any], image: dict[str, Any]) -> list[tuple[str, str]]:

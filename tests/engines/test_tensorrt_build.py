@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from gpu import ORIN, VERSIONS, PlayedGpu, played_gpu
+from helpers import sfexport
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
@@ -215,3 +217,21 @@ def test_a_tensorrt_that_is_too_old_is_refused(bundle, tmp_path, monkeypatch):
         played.recorder.__version__ = "8.6.2"
         with pytest.raises(SfexportError, match=r"TensorRT 8\.6\.2 is too old"):
             run(played, bundle, tmp_path / "engines")
+
+
+def test_without_tensorrt_the_command_says_what_to_install(bundle, tmp_path):
+    if importlib.util.find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed here")
+    result = sfexport("build", bundle.path, "--backend", "tensorrt", "-o", tmp_path / "engines")
+    assert result.exit_code == 1
+    assert "needs the library 'tensorrt'" in result.stderr and "python3-libnvinfer" in result.stderr
+    assert not (tmp_path / "engines").exists()
+
+
+def test_engines_can_be_inspected(bundle, tmp_path, monkeypatch):
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
+        run(played, bundle, tmp_path / "engines", frames=16)
+    result = sfexport("inspect", tmp_path / "engines")
+    assert result.exit_code == 0, result.stderr
+    for words in ("tensorrt 10.3", "Orin", "16 frames"):
+        assert words in result.stdout
