@@ -15,7 +15,8 @@ import onnx
 
 from sfexport.engines import cuda
 from sfexport.engines.memory import MemoryPlan, plan_memory
-from sfexport.engines.plugin import KernelSource, choose_door, register_plugins
+from sfexport.engines.plugin import choose_door, register_plugins
+from sfexport.engines.plugin_operations import KernelSource
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engine, timing_cache_file
 from sfexport.engines.tensorrt_library import check_driver, library, short_version

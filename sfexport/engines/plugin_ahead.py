@@ -5,7 +5,7 @@ No `from __future__ import annotations` here: TensorRT reads the annotations of 
 
 from typing import Any
 
-from sfexport.engines.plugin import KernelSource, Operation, dtype_name
+from sfexport.engines.plugin_operations import KernelSource, Operation, dtype_name
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, SPLIT, PluginSettings
 

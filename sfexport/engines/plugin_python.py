@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.engines.plugin import KernelSource, Operation, dtype_name
+from sfexport.engines.plugin_operations import KernelSource, Operation, dtype_name
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION, PluginSettings
 from sfexport.kernels.compile import Kernel

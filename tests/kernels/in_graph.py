@@ -23,7 +23,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-from sfexport.engines.plugin import OPERATIONS
+from sfexport.engines.plugin_operations import OPERATIONS
 from sfexport.graphs import names
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT, PluginSettings, count_cross_attention, with_plugin_nodes
 from sfexport.kernels.launch import launch_combine, launch_split
