@@ -108,6 +108,7 @@ class Recorder(ModuleType):
         self.chosen: dict[str, str] = {}
         self.device_memory, self.engine_memory = 16 << 30, 1 << 20
         self._logger: Any = None
+        self._playing = 0
         self._enums = {name: make_enum(name, members) for name, members in self._surface.enums.items()}
         self._classes: dict[str, type] = {}
         for name in self._surface.classes:
@@ -222,8 +223,19 @@ class Recorder(ModuleType):
             )
 
     def _note(self, name: str, signatures: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._playing:
+            return
         bound = fits(self, signatures, args, kwargs) or {}
         self._record(name, {key: self._short(value) for key, value in bound.items()})
+
+    @contextmanager
+    def _unnoted(self) -> Iterator[None]:
+        """What stand-ins ask of one another is no call of the program's."""
+        self._playing += 1
+        try:
+            yield
+        finally:
+            self._playing -= 1
 
     def _record(self, name: str, arguments: dict[str, Any]) -> None:
         self.calls.append(Call(name, arguments))

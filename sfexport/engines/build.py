@@ -198,6 +198,7 @@ def _open_tensorrt(engines: Engines) -> Backend:
     from sfexport.engines.plugin import register_plugins
     from sfexport.engines.tensorrt_backend import TensorRTBackend
     from sfexport.engines.tensorrt_library import check_driver, library
+    from sfexport.kernels.store import StoredKernels
 
     trt = library()
     check_driver()
@@ -209,6 +210,6 @@ def _open_tensorrt(engines: Engines) -> Backend:
             f"Build again: sfexport build {engines.bundle.path} -o {engines.path}",
         )
     if engines.content["plugin"] == "python":
-        # The class must be there before an engine that uses it is read; its PTX comes from the engine.
-        register_plugins(trt, "python")
+        # The class must be there before an engine that uses it is read; its PTX lies beside the engine.
+        register_plugins(trt, "python", StoredKernels(engines.path))
     return TensorRTBackend(trt, engines.path, engines.bundle.facts)

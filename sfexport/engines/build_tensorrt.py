@@ -22,8 +22,8 @@ from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engi
 from sfexport.engines.tensorrt_library import check_driver, library, short_version
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
-from sfexport.kernels.compile import compile_kernels
-from sfexport.kernels.store import StoredKernels
+from sfexport.kernels.compile import Kernel, compile_kernels
+from sfexport.kernels.store import StoredKernels, save_kernels
 from sfexport.machines.machine import Gpu, Machine, look
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.manifest import GRAPHS, Bundle
@@ -82,7 +82,7 @@ def build_tensorrt(
     profiles = resolve_profiles(bundle, limits)
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
-    door = _prepare_plugin(trt, bundle, gpu, options, report)
+    door, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
     for name in GRAPHS:
@@ -92,6 +92,8 @@ def build_tensorrt(
         build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, report)
         if graph.parent == directory:
             graph.unlink()
+    if door == "python":
+        save_kernels(directory, kernels)
     here = match_machine(machine)
     return {
         "target": here.name if here else f"sm{gpu.sm}",
@@ -148,14 +150,16 @@ def memory_needs(
     ]
 
 
-def _prepare_plugin(trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report) -> str | None:
-    """Register the plugin; the door it came through, or None where the graph's own nodes must do."""
+def _prepare_plugin(
+    trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report
+) -> tuple[str | None, tuple[Kernel, ...]]:
+    """Register the plugin; the door it came through and its kernels, or None where the graph's own nodes must do."""
     if not bundle.facts.slow_fast.hybrid_layers:
-        return None
+        return None, ()
     try:
         source = options.kernel_source()
         # Once now, so that a kernel that cannot be compiled is found before the build.
-        source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
+        kernels = source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
         door = choose_door(trt.__version__, package_version("numpy"))
         register_plugins(trt, door, source)
     except MissingDependency as error:
@@ -163,8 +167,8 @@ def _prepare_plugin(trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions
             f"warning: building without the cross-attention plugin. {error} Answers are the same, but slower and with "
             f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"
         )
-        return None
-    return door
+        return None, ()
+    return door, kernels
 
 
 def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSettings:

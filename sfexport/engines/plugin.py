@@ -39,7 +39,7 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def register_plugins(trt: Any, door: str, source: KernelSource = compile_kernels) -> None:
-    """Register both plugins in TensorRT's registry; registered ones stay as they are.
+    """Register both plugins in TensorRT's registry. Quick plugins stay as they are if they are registered already.
 
     Args:
         trt: the tensorrt module. source: makes the kernels; compiles them with Triton by default.
@@ -51,15 +51,11 @@ def register_plugins(trt: Any, door: str, source: KernelSource = compile_kernels
     if registry is None:
         raise SfexportError("TensorRT has no plugin registry.", "Its libraries are incomplete; install them again.")
     for operation in OPERATIONS:
-        if _creator(registry, operation.name) is not None:
-            continue
-        if door == "ahead":
-            from sfexport.engines.plugin_ahead import register
-        else:
+        if door == "python":
             from sfexport.engines.plugin_python import register
-        register(trt, operation, source)
 
+            register(trt, operation, source)
+        elif registry.get_creator(operation.name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is None:
+            from sfexport.engines.plugin_ahead import register
 
-def _creator(registry: Any, name: str) -> Any:
-    find = getattr(registry, "get_creator", None)
-    return find(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) if find else None
+            register(trt, operation, source)

@@ -9,6 +9,8 @@ from sfexport.engines.plugin_operations import KernelSource, Operation, dtype_na
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, SPLIT, PluginSettings
 
+SINCE = {"plugin": "10.9"}  # what is used of TensorRT, and from which version on
+
 
 def register(trt: Any, operation: Operation, source: KernelSource) -> None:
     """Register `operation` as a quick plugin with only an ahead-of-time implementation."""
@@ -25,7 +27,7 @@ def register(trt: Any, operation: Operation, source: KernelSource) -> None:
 
 
 def _split(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> tuple[Any, Any]:
-    tensor = quick.TensorDesc
+    tensor, compiled = quick.TensorDesc, _compiled(quick)
 
     def describe(
         query: tensor,
@@ -53,7 +55,7 @@ def _split(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> 
         head_dim: int,
         outputs: tuple[tensor],
         tactic: int,
-    ) -> Any:
+    ) -> compiled:
         settings = PluginSettings(sm, ptx_isa, multiprocessors, head_dim)
         return _implement(quick, operation, source, (query, key, value, attends, lengths), settings)
 
@@ -61,7 +63,7 @@ def _split(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> 
 
 
 def _combine(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> tuple[Any, Any]:
-    tensor = quick.TensorDesc
+    tensor, compiled = quick.TensorDesc, _compiled(quick)
 
     def describe(
         query: tensor,
@@ -87,11 +89,16 @@ def _combine(trt: Any, quick: Any, operation: Operation, source: KernelSource) -
         head_dim: int,
         outputs: tuple[tensor],
         tactic: int,
-    ) -> Any:
+    ) -> compiled:
         settings = PluginSettings(sm, ptx_isa, multiprocessors, head_dim)
         return _implement(quick, operation, source, (query, partial, logsumexp, attends), settings)
 
     return describe, implement
+
+
+def _compiled(quick: Any) -> Any:
+    """What an implementation returns, in the words that TensorRT asks for."""
+    return tuple[str | bytes, str | bytes, quick.KernelLaunchParams, quick.SymIntExprs]
 
 
 class _SymbolicArithmetic:

@@ -1,6 +1,8 @@
 """The Python door (TensorRT 10.0 and later): IPluginV3 classes that launch the PTX with CUDA's driver API.
 
-The PTX is among the serialised fields, so that running an engine needs no Triton.
+An engine's fields hold what its kernel was compiled for; the PTX itself lies beside the engine (kernels/store.py), so
+that running needs no Triton. It is not a field, because with NumPy 2 the bindings before 10.16 give back only the first
+element of a field rightly.
 """
 
 from __future__ import annotations
@@ -14,21 +16,26 @@ from sfexport.engines.plugin_operations import KernelSource, Operation, dtype_na
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION, PluginSettings
 from sfexport.kernels.compile import Kernel
-from sfexport.kernels.plan import Integers
+from sfexport.kernels.plan import DTYPES, Integers
 
 SETTINGS = tuple(field.name for field in fields(PluginSettings))
+DTYPE = "dtype"  # place in DTYPES; only an engine's nodes have it
+
+
+# TensorRT's registry keeps bare pointers.
+_creators: dict[str, Any] = {}
 
 
 def register(trt: Any, operation: Operation, source: KernelSource) -> None:
-    """Register a creator for `operation`."""
+    """Register a creator for `operation`, in the place of an earlier one."""
+    registry = trt.get_plugin_registry()
+    earlier = _creators.pop(operation.name, None)
+    if earlier is not None and registry.get_creator(operation.name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None:
+        registry.deregister_creator(earlier)
     creator = _creator_class(trt)(operation, source)
-    if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+    if not registry.register_creator(creator, PLUGIN_NAMESPACE):
         raise SfexportError(f"TensorRT's registry refuses the plugin {operation.name}.")
-    # The registry keeps a bare pointer.
-    _alive.append(creator)
-
-
-_alive: list[Any] = []
+    _creators[operation.name] = creator
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,10 @@ def _plugin_class(trt: Any) -> type:
             pass
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection(_fields(trt, self.settings, self.kernel))
+            # TensorRT reads through pointers: fields and collection live as long as the plugin.
+            self._fields = _fields(trt, self.settings, self.kernel)
+            self._collection = trt.PluginFieldCollection(self._fields)
+            return self._collection
 
         def enqueue(
             self,
@@ -153,12 +163,9 @@ def _plugin_class(trt: Any) -> type:
 
 def _fields(trt: Any, settings: PluginSettings, kernel: Kernel | None) -> list[Any]:
     values = asdict(settings)
-    texts: dict[str, str] = {}
     if kernel is not None:
-        values |= {"threads": kernel.threads, "shared": kernel.shared}
-        texts = {"entry": kernel.name, "dtype": kernel.dtype, "ptx": kernel.ptx}
-    integers = [trt.PluginField(k, np.array([v], dtype=np.int32), trt.PluginFieldType.INT32) for k, v in values.items()]
-    return integers + [trt.PluginField(k, v.encode(), trt.PluginFieldType.CHAR) for k, v in texts.items()]
+        values[DTYPE] = list(DTYPES).index(kernel.dtype)
+    return [trt.PluginField(k, np.array([v], dtype=np.int32), trt.PluginFieldType.INT32) for k, v in values.items()]
 
 
 def _creator_class(trt: Any) -> type:
@@ -176,31 +183,21 @@ def _creator_class(trt: Any) -> type:
             self.field_names = trt.PluginFieldCollection(names)
 
         def create_plugin(self, name: str, fc: Any, phase: Any) -> Any:
-            settings, kernel = _read_fields(fc, self.operation.name)
+            settings, dtype = _read_fields(fc, self.operation.name)
+            kernel = self.operation.kernel(self.source, dtype, settings) if dtype else None
             return plugin_class(self.operation, settings, self.source, kernel)
 
     return CrossAttentionCreator
 
 
-def _read_fields(collection: Any, plugin: str) -> tuple[PluginSettings, Kernel | None]:
-    values = {field.name: field.data for field in collection}
+def _read_fields(collection: Any, plugin: str) -> tuple[PluginSettings, str | None]:
+    """The settings, and the type where an engine's fields are read."""
+    values = {field.name: _integer(field.data) for field in collection if field.name in (*SETTINGS, DTYPE)}
     missing = [name for name in SETTINGS if name not in values]
     if missing:
         raise SfexportError(f"The node of {plugin} lacks the attribute {missing[0]}.", "Build the engines again.")
-    settings = PluginSettings(**{name: _integer(values[name]) for name in SETTINGS})
-    if "ptx" not in values:
-        return settings, None
-    text = {name: np.asarray(values[name]).tobytes().decode().rstrip("\0") for name in ("entry", "dtype", "ptx")}
-    sizes = {name: _integer(values[name]) for name in ("threads", "shared")}
-    kernel = Kernel(
-        name=text["entry"],
-        ptx=text["ptx"],
-        **sizes,
-        sm=settings.sm,
-        dtype=text["dtype"],
-        head_dim=settings.head_dim,
-    )
-    return settings, kernel
+    dtype = list(DTYPES)[values.pop(DTYPE)] if DTYPE in values else None
+    return PluginSettings(**values), dtype
 
 
 def _integer(data: Any) -> int:

@@ -22,7 +22,12 @@ from sfexport.engines.profiles import Profile
 from sfexport.engines.tensorrt_library import Log, make_logger
 from sfexport.errors import SfexportError
 
-SINCE = {"OnnxParser.load_model_proto": "10.13", "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": "10.9"}
+SINCE = {
+    "OnnxParser.load_model_proto": "10.13",
+    "OnnxParser.load_initializer": "10.13",
+    "OnnxParser.parse_model_proto": "10.13",
+    "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": "10.9",
+}
 OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 

@@ -69,7 +69,10 @@ def test_order_of_calls(version, bundle, tmp_path, monkeypatch):
     assert played.recorder.names().count("Builder.build_serialized_network") == 3
     assert content["plugin"] == ("ahead" if version == "11.4" else "python")
     assert content["gpu"] == {"name": "Orin", "sm": 87}
-    assert {f"{g}.engine" for g in GRAPHS} == set(content["files"])
+    engines = {f"{g}.engine" for g in GRAPHS}
+    # The Python door launches PTX that lies beside the engines; the other has it inside.
+    beside = set(content["files"]) - engines
+    assert engines <= set(content["files"]) and len(beside) == (0 if version == "11.4" else 3)
     assert not played.recorder.log
 
 

@@ -1,7 +1,7 @@
 """sfexport's own plugins in the real registry, through one door; prints JSON. Runs inside an environment.
 
-`python -m trt_bindings.drive_plugins DOOR DTYPE SHAPES`: SHAPES maps an operation to its inputs' shapes, as JSON.
-The kernels are texts that name what they were asked for; nothing is compiled.
+`python -m trt_bindings.drive_plugins DOOR DTYPE SETTINGS SHAPES`: the fields of PluginSettings, and for each operation
+its inputs' shapes, as JSON. The kernels are texts that name what they were asked for; nothing is compiled.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from sfexport.engines.plugin import OPERATIONS, Operation, register_plugins
+from sfexport.engines.plugin import register_plugins
+from sfexport.engines.plugin_operations import OPERATIONS, Operation
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION, PluginSettings
 from sfexport.kernels.compile import Kernel
 from trt_bindings.expressions import Driven, Tensor, drive_quick, drive_v3, restore
-
-SETTINGS = PluginSettings(sm=87, ptx_isa=85, multiprocessors=16, head_dim=128)
 
 
 def kernels(dtype: str, head_dim: int, sm: int, ptx_isa: int) -> tuple[Kernel, Kernel]:
@@ -34,32 +33,32 @@ def inputs_of(operation: Operation, dtype: str, shapes: list[list[int]]) -> list
     return [Tensor(t, tuple(s), d) for t, s, d in zip(types, shapes, dynamic, strict=False)]
 
 
-def fields(dtype: Any, kind: Any) -> list[Any]:
-    return [trt.PluginField(name, np.array([v], dtype=dtype), kind) for name, v in asdict(SETTINGS).items()]
+def fields(settings: PluginSettings, dtype: Any, kind: Any) -> list[Any]:
+    return [trt.PluginField(name, np.array([v], dtype=dtype), kind) for name, v in asdict(settings).items()]
 
 
-def drive_python(operation: Operation, inputs: list[Tensor]) -> tuple[Driven, bool]:
+def drive_python(operation: Operation, settings: PluginSettings, inputs: list[Tensor]) -> tuple[Driven, bool]:
     creator = trt.get_plugin_registry().get_creator(operation.name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
-    given = fields(np.int32, trt.PluginFieldType.INT32)
+    given = fields(settings, np.int32, trt.PluginFieldType.INT32)
     plugin = creator.create_plugin("node", trt.PluginFieldCollection(given), trt.TensorRTPhase.BUILD)
     driven = drive_v3(trt, plugin, inputs)
     again = restore(trt, plugin, creator)
     return driven, (again.settings, again.kernel) == (plugin.settings, plugin.kernel)
 
 
-def main(door: str, dtype: str, shapes: dict[str, list[list[int]]]) -> None:
+def main(door: str, dtype: str, settings: PluginSettings, shapes: dict[str, list[list[int]]]) -> None:
     register_plugins(trt, door, kernels)
     report = {}
     for operation in OPERATIONS:
         inputs = inputs_of(operation, dtype, shapes[operation.name])
         if door == "python":
-            driven, restored = drive_python(operation, inputs)
+            driven, restored = drive_python(operation, settings, inputs)
             report[operation.name] = asdict(driven) | {"restored": restored}
         else:
-            given = fields(np.int64, trt.PluginFieldType.INT64)
+            given = fields(settings, np.int64, trt.PluginFieldType.INT64)
             report[operation.name] = asdict(drive_quick(trt, f"{PLUGIN_NAMESPACE}::{operation.name}", inputs, given))
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], PluginSettings(**json.loads(sys.argv[3])), json.loads(sys.argv[4]))

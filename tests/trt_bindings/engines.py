@@ -246,20 +246,28 @@ class Context:
         return self._trt._make("Dims", known or self._engine._tensors.get(name, ("", ()))[1])
 
     def _output_shapes(self) -> dict[str, Shape]:
+        """By ONNX's shape inference; a dimension behind a plugin by its name, if an input has one of that name."""
         from onnx import ModelProto, shape_inference
 
         model = ModelProto()
         model.CopyFrom(self._engine._model)
         del model.graph.value_info[:]
+        named: dict[str, int] = {}
         for value in model.graph.input:
             for dim, size in zip(value.type.tensor_type.shape.dim, self._shapes.get(value.name, ()), strict=False):
+                named[dim.dim_param] = size
                 dim.dim_value = size
+        names = {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim] for v in model.graph.output}
         for value in model.graph.output:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.HasField("dim_param"):
                     dim.ClearField("dim_param")
         inferred = shape_inference.infer_shapes(model, data_prop=True)
-        return {value.name: _described(value)[1] for value in inferred.graph.output}
+        found = {value.name: _described(value)[1] for value in inferred.graph.output}
+        return {
+            name: tuple(named.get(n, -1) if size == -1 else size for n, size in zip(names[name], shape, strict=True))
+            for name, shape in found.items()
+        }
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._engine._tensors:

@@ -149,8 +149,8 @@ def restore(trt: Any, plugin: Any, creator: Any) -> Any:
         TypeError: the plugin does not keep the collection it returns: TensorRT keeps only a pointer into it.
     """
     keep_forever(plugin)
-    collection = plugin.get_fields_to_serialize()
-    if sys.getrefcount(collection) <= 2:  # this variable's, and getrefcount's own
+    collection, nobody_else_has = plugin.get_fields_to_serialize(), object()
+    if sys.getrefcount(collection) <= sys.getrefcount(nobody_else_has):
         raise TypeError("get_fields_to_serialize must return a collection that the plugin keeps, data included")
     scribble()
     restored = creator.create_plugin(plugin.plugin_name, collection, trt.TensorRTPhase.RUNTIME)

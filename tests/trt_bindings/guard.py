@@ -113,7 +113,8 @@ def _method(name: str, play: Any, signatures: list[str]) -> Callable[..., Any]:
         self._trt._check(name, signatures, args, kwargs)
         if not name.rpartition(".")[2].startswith("__"):
             self._trt._note(name, signatures, args, kwargs)
-        return play(self, *args, **kwargs)
+        with self._trt._unnoted():
+            return play(self, *args, **kwargs)
 
     call.__name__, call.__doc__ = name.rpartition(".")[2], play.__doc__
     call.plays = play  # type: ignore[attr-defined]
