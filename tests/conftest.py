@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from drawn_clip import write_clip
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.checkpoint import write_random_checkpoint
-from sfexport.demo.clip import write_clip
 from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
