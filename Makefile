@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-SOURCES := sfexport tests benchmarks examples
+SOURCES := sfexport optimum tests benchmarks examples
 
 .PHONY: demo test lint format clean
 

@@ -16,6 +16,9 @@ class SfexportError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        # A traceback shows the message alone; in a notebook the hint is wanted too.
+        if hint and hasattr(self, "add_note"):
+            self.add_note(hint)
 
     def paragraph(self) -> str:
         """Message and hint as one paragraph."""

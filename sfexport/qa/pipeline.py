@@ -1,23 +1,30 @@
-"""Engines and a video file in, a session out: frames are read and prepared while earlier ones are encoded."""
+"""Engines and a video in, a session out: frames are read and prepared while earlier ones are encoded.
+
+`sfexport.load` is the door to this for Python programs.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
-from sfexport.engines.interface import VISION_CHUNK, Backend
+from sfexport.engines.interface import VISION_CHUNK, Backend, KeyValues
 from sfexport.errors import InputError
 from sfexport.graphs.fast_path import fast_token_count
 from sfexport.manifest import Engines
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.prompt import ChatTokenizer
-from sfexport.qa.session import Stopwatch, VideoSession, check_question
+from sfexport.qa.session import Answer, OnText, Stopwatch, VideoSession, check_question
+from sfexport.video.arrays import MemoryFrames
 from sfexport.video.decoding import Video
 from sfexport.video.preprocessing import preprocess
 from sfexport.video.sampling import sample_indices
@@ -49,41 +56,47 @@ class Pipeline:
         """The checkpoint's defaults."""
         return GenerationOptions.from_config(self.bundle.generation_config(), self.tokenizer.end_of_turn())
 
-    def read_frames(self, path: str | Path, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
+    def read_frames(self, video: Any, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
         """All sampled frames at once, for comparisons: pixels [n, 3, S, S] and, per sampled frame, its row."""
-        with Video.open(path) as video:
-            unique, rows = self._sample(video, frames, sampling)
-            return preprocess(list(video.frames(unique)), self.bundle.image), rows
+        with open_video(video) as opened:
+            unique, rows = self._sample(opened, frames, sampling)
+            return preprocess(list(opened.frames(unique)), self.bundle.image), rows
 
     def encode(
         self,
-        path: str | Path,
+        video: Any,
         frames: int | None = None,
         sampling: str = "linspace",
         questions: Sequence[str] = (),
         on_frames: OnFrames = lambda done, total: None,
-    ) -> VideoSession:
-        """Encode a video file (or a picture: one frame).
+        fps: float | None = None,
+    ) -> Session:
+        """Encode a video (or a picture: one frame).
 
         Args:
-            frames: how many to sample; None: the bundle's default.
+            video: a file's path (str or Path), or frames in memory, all uint8 RGB: an array [T, H, W, 3] (for a
+                picture [H, W, 3]), a list of arrays [H, W, 3] or of PIL images (for a picture one PIL image), or a
+                tensor of these shapes with `__dlpack__`. Of a tensor on a GPU the sampled frames are copied, with
+                its own `.cpu()`.
+            frames: how many to sample, from memory as from a file; None: the bundle's default.
             sampling: 'linspace' (the reference's demo) or 'eval' (its evaluation).
             questions: checked to fit before anything is encoded.
             on_frames: called with frames done and in all, as encoding proceeds.
+            fps: frames per second of frames in memory, which 'eval' sampling needs to know.
 
         Raises:
-            VideoError: the file cannot be read.
-            InputError: a question is empty or does not fit.
+            VideoError: the file cannot be read, or what is in memory is not frames of this kind.
+            InputError: a question is empty or does not fit, or a number has no meaning.
         """
         watch = Stopwatch()
-        with Video.open(path) as video:
-            unique, rows = self._sample(video, frames, sampling)
+        with open_video(video, fps) as opened:
+            unique, rows = self._sample(opened, frames, sampling)
             for question in questions:
                 self.check_question(question, len(rows))
             with watch.stage("load"):
                 backend = self.backend
             encoded = []
-            for pixels in _timed(self._pixel_chunks(video, unique), watch):
+            for pixels in _timed(self._pixel_chunks(opened, unique), watch):
                 with watch.stage("vision"):
                     encoded.append(backend.encode_frames(pixels, single_image=len(rows) == 1))
                 on_frames(sum(map(len, encoded)), len(unique))
@@ -91,7 +104,7 @@ class Pipeline:
         slow_tokens = np.concatenate(encoded)[rows]
         with watch.stage("compress"):
             fast, slow = backend.compress(slow_tokens)
-        session = VideoSession(backend, self.tokenizer, self.embedding, fast, slow, watch)
+        session = Session(self, fast, slow, watch)
         session.charge_frames(len(rows), len(unique))
         return session
 
@@ -110,6 +123,8 @@ class Pipeline:
         if count > MAX_FRAMES:
             raise InputError(f"The number of frames must be at most {MAX_FRAMES:,}, not {count}.", "Change --frames.")
         info = video.info
+        if sampling == "eval" and math.isnan(info.fps):
+            raise InputError("Sampling 'eval' needs the rate of the frames, which is not known.", "Pass fps=...")
         # A picture is asked about as one image, as the model was trained; a clip of one frame repeats it.
         count = 1 if info.is_picture else count
         indices = sample_indices(sampling, info.frame_count, info.fps, count)
@@ -131,6 +146,64 @@ class Pipeline:
                 pending = pool.submit(read, size)
                 yield chunk
             yield pending.result()
+
+
+class Session(VideoSession):
+    """Questions about one video, with the checkpoint's generation options where a question brings none."""
+
+    def __init__(self, pipeline: Pipeline, fast: np.ndarray, slow: KeyValues | None, watch: Stopwatch) -> None:
+        super().__init__(pipeline.backend, pipeline.tokenizer, pipeline.embedding, fast, slow, watch)
+        self._defaults = pipeline.generation_options
+
+    def ask(
+        self,
+        question: str,
+        options: GenerationOptions | None = None,
+        mode: str | None = None,
+        on_text: OnText | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer a question; `.answer` of what comes back is its text.
+
+        Args:
+            options: how to generate; None: as the checkpoint says. What the keywords say comes before it.
+            mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
+            on_text: called with each new piece of the answer as it is generated.
+            temperature: 0 is greedy. The other keywords: see GenerationOptions.
+
+        Raises:
+            InputError: an empty question, one that does not fit, an unknown mode, a number without meaning.
+        """
+        if not isinstance(question, str):
+            raise InputError(f"A question is a str, not a {type(question).__name__}.", "Ask one after the other.")
+        options = (self._defaults() if options is None else options).override(
+            temperature,
+            max_new_tokens=max_new_tokens,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return super().ask(question, options, mode, on_text)
+
+
+def open_video(video: Any, fps: float | None = None) -> Video:
+    """A path's file, or frames in memory (see `Pipeline.encode`), ready to be asked for frames.
+
+    Raises:
+        VideoError, InputError: as `Pipeline.encode`.
+    """
+    if not isinstance(video, (str, os.PathLike)):
+        return Video(MemoryFrames(video, fps))
+    if fps is not None:
+        raise InputError(f"'{video}' has a rate of its own; fps is for frames in memory.", "Leave fps out.")
+    return Video.open(video)
 
 
 def _timed(chunks: Iterator[np.ndarray], watch: Stopwatch) -> Iterator[np.ndarray]:

@@ -53,6 +53,9 @@ class Answer:
     frames_encoded: int
     seconds: dict[str, float]
 
+    def __str__(self) -> str:
+        return self.answer
+
 
 @dataclass
 class _Pending:

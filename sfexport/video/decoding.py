@@ -16,6 +16,7 @@ import av.error
 import numpy as np
 
 from sfexport.errors import VideoError
+from sfexport.video.arrays import MemoryFrames
 from sfexport.video.files import VideoInfo, check_file
 from sfexport.video.pictures import Orientation, Still, read_still
 from sfexport.video.timeline import PacketFacts, Timeline
@@ -33,7 +34,7 @@ class Video:
     Not for use by several threads at a time.
     """
 
-    def __init__(self, source: _Clip | Still) -> None:
+    def __init__(self, source: _Clip | Still | MemoryFrames) -> None:
         self._source = source
 
     @classmethod

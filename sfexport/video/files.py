@@ -17,7 +17,7 @@ class VideoInfo:
 
     Attributes:
         frame_count: frames that can be asked for, at least 1.
-        fps: average frames per second, positive; 1.0 for a picture.
+        fps: average frames per second, positive; 1.0 for a picture; not a number for frames in memory of unknown rate.
         width, height: pixels of a frame as displayed, that is after `rotation`.
         duration_seconds: from the first frame's start to the last one's end; 0.0 for a picture.
         rotation: clockwise degrees by which frames are turned to stand upright: 0, 90, 180 or 270.

@@ -1,0 +1,174 @@
+"""Frames that are in memory already: NumPy arrays, PIL images, DLPack tensors, and lists of these.
+
+Imports numpy, PIL, sfexport.errors and its neighbour files. The libraries that own DLPack tensors (torch, CuPy, JAX)
+are not imported: their tensors are asked through the protocol.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sfexport.errors import InputError, VideoError
+from sfexport.video.files import VideoInfo
+
+WHAT_WORKS = (
+    "Pass a path, an array uint8 [frames, height, width, 3], a list of arrays [height, width, 3] or of PIL images, "
+    "or a tensor with __dlpack__."
+)
+IN_MEMORY = Path("<frames in memory>")
+# DLPack's device types whose memory the CPU reads: CPU, CUDA's and ROCm's pinned memory, CUDA's managed memory.
+READABLE_DEVICES = (1, 3, 11, 13)
+
+
+class MemoryFrames:
+    """Frames in memory as a source for `Video`. Nothing is copied but the frames that are asked for.
+
+    An array or tensor [T, H, W, 3] and a list are clips, however short; one [H, W, 3] or one PIL image is a picture.
+    PIL images are turned upright by their EXIF tag and made RGB, as those read from files are.
+    """
+
+    def __init__(self, video: Any, fps: float | None = None) -> None:
+        """Look at the frames' types and shapes, and at the first frame.
+
+        Args:
+            video: see WHAT_WORKS; everything uint8 RGB. A tensor on a GPU is taken if it has `.cpu()`, which is
+                called for each frame that is asked for.
+            fps: frames per second; None: unknown, and `info.fps` is not a number.
+
+        Raises:
+            VideoError: something else, saying what it is.
+            InputError: `fps` is not a positive number.
+        """
+        if fps is not None and not (fps > 0 and math.isfinite(fps)):
+            raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.")
+        self._frames, is_picture = _frames_of(video)
+        # The first frame now, in the caller's thread: its copy from a GPU waits for the work that makes the frames.
+        height, width, _ = self.frame(0).shape
+        count, rate = len(self._frames), 1.0 if is_picture else fps or math.nan
+        seconds = 0.0 if is_picture or fps is None else count / fps
+        self.info = VideoInfo(IN_MEMORY, count, rate, width, height, seconds, 0, is_picture)
+        self.frames_decoded = 0
+
+    def frame(self, index: int) -> np.ndarray:
+        """uint8 RGB [height, width, 3] of the frame at this position.
+
+        Raises:
+            VideoError: it is no such thing after all, as a picture whose file is damaged.
+        """
+        frame, name = self._frames[index], f"Frame {index}"
+        pixels = _rgb(frame, name) if isinstance(frame, Image.Image) else _to_cpu(frame, name)
+        _check(pixels, name, dimensions=3)
+        return np.ascontiguousarray(pixels)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _frames_of(video: Any) -> tuple[Any, bool]:
+    """What gives frame i as [i], of a length; and whether it is one picture."""
+    if isinstance(video, Image.Image):
+        return [_taken(video, "The picture")], True
+    if _is_tensor(video):
+        tensor = _readable(video, "The video")
+        if len(tensor.shape) == 3:
+            return [_taken(tensor, "The picture")], True
+        _check(tensor, "The video", dimensions=4)
+        return tensor, False
+    if hasattr(video, "__next__") and not hasattr(video, "read"):
+        raise VideoError(
+            f"A {type(video).__name__} gives frames one after the other, and frames are chosen by their number.",
+            "Pass list(...) of it.",
+        )
+    if not isinstance(video, Sequence) or isinstance(video, (bytes, bytearray, memoryview)):
+        raise VideoError(f"A video cannot be taken from a {type(video).__name__}.", WHAT_WORKS)
+    if not video:
+        raise VideoError("The list of frames is empty.", WHAT_WORKS)
+    return [_taken(frame, f"Frame {index}") for index, frame in enumerate(video)], False
+
+
+def _taken(frame: Any, name: str) -> Any:
+    """One frame, looked at: a PIL image or a tensor of the right type and shape."""
+    if isinstance(frame, Image.Image):
+        _refuse_animation(frame, name)
+        return frame
+    if not _is_tensor(frame):
+        hint = "PIL.Image.open reads pictures from files." if isinstance(frame, (str, Path)) else WHAT_WORKS
+        raise VideoError(f"{name} is a {type(frame).__name__}, not an array or a PIL image.", hint)
+    tensor = _readable(frame, name)
+    _check(tensor, name, dimensions=3)
+    return tensor
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"))
+
+
+def _readable(tensor: Any, name: str) -> Any:
+    """The tensor as an array that shares its memory; as it is where that is a device's and `.cpu()` gets it."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    try:
+        device, _ = tensor.__dlpack_device__()
+        if device in READABLE_DEVICES:
+            return np.from_dlpack(tensor)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        # NumPy has no bfloat16, torch shares no tensor that needs gradients, and so on.
+        raise VideoError(f"{name} is {_describe(tensor)}, which cannot be read: {error}", WHAT_WORKS) from error
+    if not hasattr(tensor, "cpu"):
+        raise VideoError(
+            f"{name} is {_describe(tensor)} in a device's memory, and its type has no .cpu() to copy it.",
+            "Copy it to the CPU first, for instance with cupy.asnumpy or jax.device_get.",
+        )
+    return tensor
+
+
+def _to_cpu(frame: Any, name: str) -> np.ndarray:
+    if isinstance(frame, np.ndarray):
+        return frame
+    return _readable(frame.cpu(), name)
+
+
+def _dtype(tensor: Any) -> str:
+    """Its name without the library's: 'uint8' for torch.uint8."""
+    return str(getattr(tensor, "dtype", "of unknown type")).rpartition(".")[2]
+
+
+def _describe(tensor: Any) -> str:
+    return f"{_dtype(tensor)} {list(getattr(tensor, 'shape', ()))}"
+
+
+def _check(tensor: Any, name: str, dimensions: int) -> None:
+    """Raises VideoError unless it is uint8 [height, width, 3], or with frames in front where it has 4 dimensions."""
+    dtype, shape = _dtype(tensor), tuple(tensor.shape)
+    if dtype == "uint8" and len(shape) == dimensions and shape[-1] == 3 and math.prod(shape):
+        return
+    hints = []
+    if len(shape) >= 3 and shape[-3] == 3 and shape[-1] != 3:
+        hints.append("Move the channels to the end.")
+    if "float" in dtype:
+        hints.append("Scale the values to 0..255 and convert them to uint8.")
+    layout = "[frames, height, width, 3]" if dimensions == 4 else "[height, width, 3]"
+    raise VideoError(f"{name} is {_describe(tensor)}; expected uint8 {layout}, RGB.", " ".join(hints) or WHAT_WORKS)
+
+
+def _refuse_animation(image: Image.Image, name: str) -> None:
+    """All items that PIL.ImageSequence gives are one image, which stands at one place."""
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise VideoError(
+            f"{name} is an animated {image.format} image, which shows one of its pictures at a time.",
+            "Pass its path, or [picture.copy() for picture in PIL.ImageSequence.Iterator(image)].",
+        )
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    try:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise VideoError(f"{name} is a PIL image that cannot be read: {error}.", "Save or copy it again.") from error
