@@ -1,4 +1,4 @@
-"""Train the demo model: `python examples/shapes/train.py -o runs/shapes`. Under an hour on 2 CPU cores.
+"""Train the demo model: `python examples/shapes/train.py -o runs/shapes`. An hour and a half on one CPU core.
 
 Stages, each resumed or skipped if the run is repeated:
 
