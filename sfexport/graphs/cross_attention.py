@@ -1,8 +1,7 @@
 """sfexport::CrossAttention: one node with a function body.
 
-ONNX Runtime inlines the body; TensorRT launches sfexport's plugin instead. Which of the two TensorRT takes
-depends on its version: it looks for `plugin_namespace` and `plugin_version` on the node, and before 10.7
-prefers the body (a file without functions is what such a version needs).
+ONNX Runtime inlines the body, and so does a TensorRT build without the plugin. A build with it parses a sibling file
+(plugin_nodes.py) that has two plugin nodes in this one's place and no function.
 
 Inputs  query    [B, heads, S, d]      after RoPE, times 1/sqrt(d)
         key      [B, kv heads, T, d]   value likewise; heads are consecutive groups of kv heads
