@@ -35,13 +35,13 @@ def test_the_sweep_covers_what_it_claims():
     assert {c.group for c in cases} == set(range(1, 9))
     assert {c.head_dim for c in cases} == set(HEAD_DIMS)
     assert {c.mask for c in cases} == set(MASKS)
-    assert {0, 1, 131, 1217} <= {c.slow for c in cases}
+    assert {0, 1, 131, 515} <= {c.slow for c in cases}
     assert any(len(set(c.lengths)) > 1 for c in cases)
 
 
 def test_random_cases_are_within_their_limits():
-    report = run_check("--seed", "7", "--cases", "15")
-    assert report["cases"] == 15 and report["failed"] == []
+    report = run_check("--seed", "7", "--cases", "12")
+    assert report["cases"] == 12 and report["failed"] == []
 
 
 def test_a_wrong_kernel_is_found():
