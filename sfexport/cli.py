@@ -83,7 +83,11 @@ def demo(ctx: click.Context, output: Path) -> None:
         ctx.exit(1)
 
 
-@_with_examples("sfexport export ./checkpoint", "sfexport export ./checkpoint -o ./bundle --frames 96")
+@_with_examples(
+    "sfexport export ./checkpoint",
+    "sfexport export ./checkpoint -o ./bundle --frames 96",
+    "sfexport export ./checkpoint -o ./small --quantize int4 --precision fp16",
+)
 @main.command()
 @click.argument("checkpoint", type=DIRECTORY)
 @click.option("-o", "--output", type=DIRECTORY, help="The bundle directory.  [default: ./<checkpoint name>-bundle]")
@@ -104,18 +108,31 @@ def demo(ctx: click.Context, output: Path) -> None:
     show_default=True,
     help="What the graphs compute in, whatever the weights are stored in.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["int4"]),
+    help="Round the decoder's weights to 4 bits; the bundle then holds all weights itself.",
+)
+@click.option(
+    "--lm-head",
+    type=click.Choice(["int8", "fp16"]),
+    help="The language-model head of a quantised bundle; fp16: 16 bits, not rounded.  [default: int8]",
+)
+@click.option(
+    "--split-lm-head", type=int, default=1, show_default=True, help="Pieces the language-model head is computed in."
+)
 @json_option
-def export(
-    checkpoint: Path, output: Path | None, frames: int | None, weights: str, precision: str, as_json: bool
-) -> None:
-    """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small."""
+def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small.
+
+    With --quantize the weights are read, rounded and written as they stream by: minutes for a large model.
+    """
     from sfexport.checkpoint import Checkpoint
     from sfexport.graphs.bundle import ExportOptions, export
     from sfexport.inspection import inspect
 
-    options = ExportOptions(frames=frames, weights=weights, precision=precision)
     output = output or Path(f"{_name(checkpoint)}-bundle")
-    bundle = export(Checkpoint.open(checkpoint), output, options, console.step)
+    bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)
     if as_json:
         click.echo(json.dumps(inspect(bundle.path)))
         return
@@ -402,3 +419,24 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     else:
         show(report)
     ctx.exit(report.exit_code)
+
+
+@_with_examples(
+    "sfexport plan ./checkpoint --target jetson-orin-agx-64 --frames 96", "sfexport plan ./checkpoint --target all"
+)
+@main.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("--target", help="A target as in 'sfexport doctor', 'cpu' or 'all'.  [default: this machine]")
+@click.option("--jetpack", help="The target's JetPack.  [default: the target's]")
+@click.option("--frames", type=int, help="Frames of a video.  [default: the checkpoint's, else 64]")
+@json_option
+def plan(checkpoint: Path, target: str | None, jetpack: str | None, frames: int | None, as_json: bool) -> None:
+    """Compute what a CHECKPOINT takes on a target, before anyone waits for a build: memory and speed."""
+    from sfexport.planning.plan import plan
+    from sfexport.planning.report import show
+
+    found = plan(checkpoint, target, frames, jetpack)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)

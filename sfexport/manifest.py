@@ -27,6 +27,12 @@ BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
 GRAPHS = ("vision_encoder", "compressor", "decoder")
 # What graphs compute in, and the bytes of one such number.
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
+# What a decoder's linear weights can be rounded to.
+QUANTIZATIONS = ("int4",)
+# Methods whose rounding a checkpoint may bring along.
+TAKEN_OVER = ("gptq", "awq")
+# Weights held as integers, by how they became so ('taken': the checkpoint had them), and the bits of each.
+_INTEGER_BITS = {"int4": 4, "int8": 8, "taken": 4}
 AGAIN = "Run the command that wrote this directory again."
 
 
@@ -185,6 +191,19 @@ class Bundle:
         """What the graphs compute in: a key of PRECISIONS."""
         return self.content["options"]["precision"]
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What rounding did to the weights, or None where they were not rounded: method, lm_head, errors."""
+        return self.content.get("quantization")
+
+    def weight_bytes(self, width: int) -> int:
+        """Bytes of the graphs' weights where floats are held in `width` bytes each and integers as they are stored."""
+        floats, integers = self.content["weights"]["parameters"], 0
+        for kind, bits in _INTEGER_BITS.items() if self.quantization else ():
+            weights, scales = (self.quantization[kind][part] for part in ("weights", "scales"))
+            floats, integers = floats - weights + scales, integers + weights * bits // 8
+        return width * floats + integers
+
     def tokens_per_frame(self, single_image: bool) -> int:
         """Slow tokens of a frame: pooled for a video, all for a single image."""
         return self.content["tokens_per_frame"]["image" if single_image else "video"]
@@ -224,7 +243,17 @@ class Bundle:
             raise ValueError(f"its number of frames is {self.frames!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"its precision is {self.precision!r}")
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
         self.image, self.embedding(), self.facts
+
+    def _check_quantization(self, content: dict[str, Any]) -> None:
+        _expect(content, ("lm_head", "matrices"))
+        if content["method"] not in (*QUANTIZATIONS, *TAKEN_OVER):
+            raise ValueError(f"its quantization is {content['method']!r}")
+        for kind in _INTEGER_BITS:
+            _expect(content[kind], ("plain_error", "error"))
+        self.weight_bytes(1)
 
     def _check_shards(self) -> None:
         for shard in self.content["weights"]["shards"]:

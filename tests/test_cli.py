@@ -49,7 +49,7 @@ def test_help_of_every_verb_has_examples(verb: str) -> None:
 
 
 def test_verbs_are_these() -> None:
-    assert set(main.commands) == {"ask", "build", "demo", "doctor", "export", "inspect", "parity"}
+    assert set(main.commands) == {"ask", "build", "demo", "doctor", "export", "inspect", "parity", "plan"}
 
 
 def test_version_is_shown() -> None:

@@ -1,6 +1,7 @@
 """Checkpoint -> bundle: the three graphs, side files and manifest in one directory. No torch.
 
-Weights stay where they are unless the bundle cannot point at them (see `WEIGHTS`).
+Weights stay where they are unless the bundle cannot point at them (see `WEIGHTS`). A quantised bundle has a weights
+file of its own (see weights_plan).
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import math
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ import onnx
 import onnx_ir as ir
 
 from sfexport.atomic import new_directory
-from sfexport.checkpoint import INDEX_FILE, Checkpoint
+from sfexport.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
 from sfexport.errors import InputError, SfexportError
 from sfexport.graphs.compressor import build_compressor
 from sfexport.graphs.decoder import build_decoder
+from sfexport.graphs.prequantized import Taken, adopt
 from sfexport.graphs.vision_encoder import build_vision_encoder
-from sfexport.graphs.weights import Weights
+from sfexport.graphs.weights import Packed, Weights
+from sfexport.graphs.weights_file import summary, write_weights
+from sfexport.graphs.weights_plan import HEADS, plan_weights
 from sfexport.manifest import (
     BUNDLE_FILE,
     GRAPHS,
     PRECISIONS,
+    QUANTIZATIONS,
     Bundle,
     describe_embedding,
     describe_files,
@@ -43,6 +48,7 @@ TYPE_NAMES = {
     ir.DataType.INT64: "int64",
     ir.DataType.BOOL: "bool",
 }
+SCALE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 WEIGHTS = ("auto", "reference", "copy")
 # 'auto' copies up to this many bytes: a small bundle that any ONNX tool can open and that can be moved is
 # worth more than the disk; a large one points into the checkpoint.
@@ -59,13 +65,22 @@ class ExportOptions:
         weights: 'reference' points into the checkpoint's shards (nothing is copied; other ONNX tools must be
             told where they are); 'copy' takes the shards along; 'auto' copies small ones.
         precision: what the graphs compute in, 'fp32', 'fp16' or 'bf16', whatever type the weights are stored in.
+        quantize: 'int4' rounds the decoder's linear weights and writes all weights into the bundle; None: nothing.
+        lm_head: the language-model head of a quantised bundle, 'int8' (also None) or 'fp16' (16 bits, not rounded).
+        split_lm_head: pieces that the head is computed in.
     """
 
     frames: int | None = None
     weights: str = "auto"
     precision: str = "fp32"
+    quantize: str | None = None
+    lm_head: str | None = None
+    split_lm_head: int = 1
 
     def __post_init__(self) -> None:
+        self._check_quantization()
+        if self.split_lm_head < 1:
+            raise InputError(f"--split-lm-head must be at least 1, not {self.split_lm_head}.")
         if self.weights not in WEIGHTS:
             raise InputError(f"Unknown --weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}.")
         if self.precision not in PRECISIONS:
@@ -73,15 +88,61 @@ class ExportOptions:
         if self.frames is not None and self.frames < 1:
             raise InputError(f"--frames must be at least 1, not {self.frames}.")
 
+    def _check_quantization(self) -> None:
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise InputError(f"Unknown --quantize {self.quantize!r}; choose one of {', '.join(QUANTIZATIONS)}.")
+        if self.lm_head is not None and self.lm_head not in HEADS:
+            raise InputError(f"Unknown --lm-head {self.lm_head!r}; choose one of {', '.join(HEADS)}.")
+        if self.lm_head is not None and self.quantize is None:
+            raise InputError("--lm-head says how a quantised bundle keeps its head.", "Use it with --quantize int4.")
+        if self.quantize is not None:
+            self.check_own_weights()
 
-def build_graphs(checkpoint: Checkpoint, precision: str = "fp32") -> dict[str, Callable[[], ir.Model]]:
-    """A builder per graph, so that a caller can show progress between them."""
-    weights, facts, dtype = Weights(checkpoint), checkpoint.facts, TYPES[precision]
+    def check_own_weights(self) -> None:
+        """Raises InputError if a bundle of integer weights is to point at the checkpoint's."""
+        if self.weights == "reference":
+            raise InputError(
+                "A bundle with weights in 4 bits has all its weights itself: --weights reference cannot be.",
+                "Leave --weights out.",
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the graphs' weights lie: in the checkpoint's shards, in copies of them, or in a quantised bundle's file.
+
+    Attributes:
+        in_bundle: in the bundle itself. whole: all that the checkpoint had, so that PyTorch can load it.
+        quantization: what rounding did, for the manifest.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shards: tuple[Shard, ...]
+    in_bundle: bool
+    whole: bool
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, in_bundle: bool = False) -> Source:
+        return cls(checkpoint.tensors, checkpoint.shards, in_bundle, whole=True)
+
+
+def build_graphs(
+    checkpoint: Checkpoint, precision: str = "fp32", source: Source | None = None, head_parts: int = 1
+) -> dict[str, Callable[[], ir.Model]]:
+    """A builder per graph, so that a caller can show progress between them.
+
+    Args:
+        source: where the weights are; None: in the checkpoint.
+    """
+    source = source or Source.of(checkpoint)
+    weights, facts, dtype = Weights(source.tensors, source.packed), checkpoint.facts, TYPES[precision]
     tower, size = checkpoint.tower, checkpoint.image.crop
     return {
         "vision_encoder": lambda: build_vision_encoder(facts, tower, size, weights, dtype),
         "compressor": lambda: build_compressor(facts, weights, dtype),
-        "decoder": lambda: build_decoder(facts, weights, dtype),
+        "decoder": lambda: build_decoder(facts, weights, dtype, head_parts),
     }
 
 
@@ -94,31 +155,74 @@ def export(
         report: takes one line per step.
 
     Raises:
-        CheckpointError: a missing or misshapen tensor, an unusable configuration.
-        InputError: the output cannot be written or holds something else.
+        CheckpointError: a missing or misshapen tensor, an unusable configuration, a weight that cannot be rounded.
+        InputError: the output cannot be written or holds something else, or the disk is too small.
     """
+    checkpoint, taken = adopt(checkpoint)
     checkpoint.validate()
+    _check_parts(checkpoint, options)
     _refuse_replacing_weights(checkpoint, out, options)
     with new_directory(out, BUNDLE_FILE) as directory:
-        copied = _copies_weights(checkpoint, options)
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
-        source = _copy_weights(checkpoint, directory, report) if copied else checkpoint
-        for name, build in build_graphs(source, options.precision).items():
+        source = _source(checkpoint, taken, directory, options, report)
+        for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
             report(f"writing {name}.onnx")
             ir.save(build(), directory / f"{name}.onnx")
-            _check_graph(directory / f"{name}.onnx", checked_by_path=copied)
+            _check_graph(directory / f"{name}.onnx", checked_by_path=source.in_bundle)
         _write_manifest(checkpoint, source, directory, out, options)
     return Bundle.open(out)
 
 
+def _check_parts(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    vocabulary = checkpoint.facts.text.vocab_size
+    if options.split_lm_head > vocabulary:
+        raise InputError(f"--split-lm-head {options.split_lm_head} is more than the head's {vocabulary} rows.")
+
+
+def _source(
+    checkpoint: Checkpoint,
+    taken: Mapping[str, Taken],
+    directory: Path,
+    options: ExportOptions,
+    report: Callable[[str], None],
+) -> Source:
+    if options.quantize is not None or taken:
+        return _quantize_weights(checkpoint, taken, directory, options, report)
+    if _copies_weights(checkpoint, options):
+        return Source.of(_copy_weights(checkpoint, directory, report), in_bundle=True)
+    return Source.of(checkpoint)
+
+
+def _quantize_weights(
+    checkpoint: Checkpoint,
+    taken: Mapping[str, Taken],
+    directory: Path,
+    options: ExportOptions,
+    report: Callable[[str], None],
+) -> Source:
+    """Where nothing is asked for, what the checkpoint has in 4 bits is taken over and nothing else is rounded."""
+    options.check_own_weights()
+    head = options.lm_head or (HEADS[0] if options.quantize else HEADS[1])
+    scale_type, rounds = SCALE_TYPES[options.precision], options.quantize is not None
+    plan = plan_weights(checkpoint, directory, scale_type, head, options.split_lm_head, taken, rounds)
+    _check_disk(directory, plan.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
+    report(f"writing {plan.shard().name} ({plan.size / 1e6:,.1f} MB)")
+    method = next((matrix.method for matrix in taken.values()), options.quantize)
+    about = {"method": method, "lm_head": head, **write_weights(plan, report)}
+    report(summary(about))
+    if any(packed.zeros for packed in plan.packed().values()):
+        report("warning: TensorRT takes no zero points; with --quantize int4 these weights are rounded again without.")
+    return Source(plan.tensors(), (plan.shard(),), True, False, plan.packed(), about)
+
+
 def _refuse_replacing_weights(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
-    """A bundle that points to weights must not replace the directory that holds them."""
+    """A bundle without all of a checkpoint's weights must not replace the directory that holds them."""
     inside = any(shard.path.is_relative_to(out.resolve()) for shard in checkpoint.shards)
-    if inside and not _copies_weights(checkpoint, options):
+    if inside and (options.quantize is not None or not _copies_weights(checkpoint, options)):
         raise InputError(
-            f"The output {out} holds the weights that the new bundle would point to.",
-            "Choose another with -o, or use --weights copy.",
+            f"The output {out} holds the checkpoint's weights, and the new bundle would not.",
+            "Choose another with -o, or use --weights copy without --quantize.",
         )
 
 
@@ -143,18 +247,19 @@ def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
 
 def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str], None]) -> Checkpoint:
     size = sum(shard.size for shard in checkpoint.shards)
-    free = shutil.disk_usage(directory).free
-    if free < size:
-        raise InputError(
-            f"Copying the weights takes {size / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free.",
-            "Free some space, or use --weights reference.",
-        )
+    _check_disk(directory, size, "Copying the weights takes", "Free some space, or use --weights reference.")
     for shard in checkpoint.shards:
         report(f"copying {shard.name} ({shard.size / 1e6:.1f} MB)")
         shutil.copyfile(shard.path, directory / shard.name)
     if (checkpoint.path / INDEX_FILE).is_file():
         shutil.copyfile(checkpoint.path / INDEX_FILE, directory / INDEX_FILE)
     return Checkpoint.open(directory)
+
+
+def _check_disk(directory: Path, size: int, what: str, hint: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise InputError(f"{what} {size / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free.", hint)
 
 
 def _check_graph(file: Path, checked_by_path: bool) -> None:
@@ -185,14 +290,11 @@ def _check_without_data(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def _write_manifest(
-    checkpoint: Checkpoint, source: Checkpoint, directory: Path, out: Path, options: ExportOptions
-) -> None:
-    """`source` is where the weights are: the checkpoint, or the bundle being written (known as `out` later)."""
-    copied = source is not checkpoint
-    weights = out if copied else source.shards[0].path.parent
+def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out: Path, options: ExportOptions) -> None:
+    """The bundle being written at `directory` is known as `out` later."""
+    weights = out if source.in_bundle else source.shards[0].path.parent
     names = [file.name for file in checkpoint.side_files()] + [f"{name}.onnx" for name in GRAPHS]
-    if copied and (directory / INDEX_FILE).is_file():
+    if (directory / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
     frames = options.frames or checkpoint.config.get("mm_training_video_frames") or DEFAULT_FRAMES
     side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.facts.slow_fast.video_pooling_stride
@@ -203,16 +305,19 @@ def _write_manifest(
         "options": {
             "precision": options.precision,
             "frames": frames,
-            "weights": "copy" if copied else "reference",
+            "weights": "copy" if source.in_bundle else "reference",
+            "quantize": options.quantize,
+            "split_lm_head": options.split_lm_head,
         },
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
-        "checkpoint": place(out if copied else checkpoint.path, out),
+        "checkpoint": place(out if source.in_bundle and source.whole else checkpoint.path, out),
         "weights": {
             "directory": place(weights, out),
             "shards": [describe_shard(shard) for shard in source.shards],
-            "parameters": _parameters(source),
+            "parameters": _parameters(checkpoint),
             "embedding": describe_embedding(source.tensors["model.embed_tokens.weight"]),
         },
+        "quantization": source.quantization,
         "files": describe_files(directory, names),
         "tools": {"python": platform.python_version(), "onnx": onnx.__version__, "onnx-ir": ir.__version__},
     }

@@ -42,8 +42,8 @@ from sfexport.graphs.names import (
     present_names,
     slow_names,
 )
-from sfexport.graphs.ops import OPSET, GraphWriter
-from sfexport.graphs.weights import Weights
+from sfexport.graphs.ops import INT4_OPSET, OPSET, GraphWriter
+from sfexport.graphs.weights import Weights, even_parts, head_name
 
 
 @dataclass
@@ -66,8 +66,11 @@ class _Shared:
     lengths: ir.Value | None
 
 
-def build_decoder(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
-    g = GraphWriter("decoder", weights, dtype)
+def build_decoder(
+    facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, head_parts: int = 1
+) -> ir.Model:
+    """Args: `head_parts`: pieces that the language-model head is computed in."""
+    g = GraphWriter("decoder", weights, dtype, INT4_OPSET if weights.has_int4 else OPSET)
     text = facts.text
     embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
     shared = _write_inputs(g, facts, embeds)
@@ -78,11 +81,11 @@ def build_decoder(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.D
             x, present = _write_layer(g, facts, shared, x, i)
             x.name = hidden_name(i)
             presents += present
-    _write_head(g, facts, shared, x)
+    _write_head(g, facts, shared, x, head_parts)
     shape = ["batch", text.num_kv_heads, "total", text.head_dim]
     for name, value in zip(present_names(facts), presents, strict=True):
         g.output(name, value, dtype, shape)
-    return g.model([cross_attention_function(OPSET)] if facts.slow_fast.hybrid_layers else [])
+    return g.model([cross_attention_function(g.opset)] if facts.slow_fast.hybrid_layers else [])
 
 
 def _write_inputs(g: GraphWriter, facts: ModelFacts, embeds: ir.Value) -> _Shared:
@@ -231,11 +234,16 @@ def _write_gate(g: GraphWriter, gate: GateFacts, output: ir.Value, p: str) -> ir
     return value
 
 
-def _write_head(g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value) -> None:
+def _write_head(g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, parts: int) -> None:
+    """Logits of the last position. In pieces, where one matrix of the whole vocabulary is too large to allocate."""
     text = facts.text
     shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
     last = g.op("Gather", g.op("Reshape", x, shape), g.constant(np.array(-1, dtype=np.int64)), axis=1)
     normed = g.rms_norm(last, "model.norm", text.rms_norm_eps)
-    name = "model.embed_tokens" if text.tie_word_embeddings else "lm_head"
-    logits = g.to_float32(g.linear(normed, name, bias=False))
-    g.output(LOGITS, logits, ir.DataType.FLOAT, ["batch", text.vocab_size])
+    name = head_name(facts.text)
+    if parts == 1:
+        logits = g.linear(normed, name, bias=False)
+    else:
+        pieces = [g.linear(normed, name, bias=False, rows=rows) for rows in even_parts(text.vocab_size, parts)]
+        logits = g.op("Concat", *pieces, axis=1)
+    g.output(LOGITS, g.to_float32(logits), ir.DataType.FLOAT, ["batch", text.vocab_size])

@@ -1,6 +1,7 @@
 """Node writing: a thin layer over onnx-ir's tape, and the blocks every graph uses.
 
-Plain operators of opset 18 only, so that TensorRT 10.3 and later and ONNX Runtime read the same file.
+Plain operators of opset 18 only (21 in a graph with INT4 weights), so that TensorRT 10.3 and later and ONNX Runtime
+read the same file.
 Float32 islands (norms, softmax, GELU, rotary angles, means, the decoder's scores) are written with explicit casts,
 which vanish when the graph computes in float32. In a bfloat16 graph convolutions are islands too: ONNX has them
 in bfloat16 from opset 22 on.
@@ -17,10 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sfexport import __version__
-from sfexport.graphs.weights import Weights
+from sfexport.graphs.weights import Packed, Rows, Weights, part_name
 
 OPSET = 18
-IR_VERSION = 8
+INT4_OPSET = 21  # the first with INT4 and scales by block
+IR_VERSIONS = {OPSET: 8, INT4_OPSET: 10}
 Shape = Sequence[int | str | None]
 
 
@@ -32,10 +34,10 @@ class GraphWriter:
         dtype: the type the graph computes in; weights stored otherwise are followed by a Cast.
     """
 
-    def __init__(self, name: str, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
-        self.name, self.dtype = name, dtype
+    def __init__(self, name: str, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, opset: int = OPSET) -> None:
+        self.name, self.dtype, self.opset = name, dtype, opset
         self._weights = weights
-        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET})
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset})
         self._tape = ir.tape.Tape(self._graph)
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
@@ -100,18 +102,23 @@ class GraphWriter:
         """A constant of the graph's own type."""
         return self.cast(self.float32(value), ir.DataType.FLOAT, self.dtype)
 
-    def weight(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
-        """A checkpoint tensor as an initialiser that points into its shard, cast to `dtype` if stored otherwise."""
-        dtype = dtype or self.dtype
-        if (name, dtype) not in self._loaded:
-            tensor = self._weights.tensor(name)
-            if (name, None) not in self._loaded:
-                self._loaded[name, None] = self._tape.initializer(tensor, name)
-            value = self._loaded[name, None]
-            scope, self._scope = self._scope, [name]
-            self._loaded[name, dtype] = self.cast(value, tensor.dtype, dtype)
-            self._scope = scope
-        return self._loaded[name, dtype]
+    def weight(self, name: str, dtype: ir.DataType | None = None, rows: Rows | None = None) -> ir.Value:
+        """A stored tensor, or some rows, as an initialiser that points into its file; cast where not `dtype`."""
+        dtype, part = dtype or self.dtype, part_name(name, rows)
+        if (part, dtype) not in self._loaded:
+            tensor = self._weights.tensor(name, rows)
+            if (part, None) not in self._loaded:
+                self._loaded[part, None] = self._tape.initializer(tensor, part)
+            with self._named_after(part):
+                self._loaded[part, dtype] = self.cast(self._loaded[part, None], tensor.dtype, dtype)
+        return self._loaded[part, dtype]
+
+    @contextlib.contextmanager
+    def _named_after(self, weight: str) -> Iterator[None]:
+        """Nodes that only change how a weight is stored are named after it, wherever it is used first."""
+        scope, self._scope = self._scope, [weight]
+        yield
+        self._scope = scope
 
     def cast(self, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
         return x if source == target else self.op("Cast", x, to=int(target))
@@ -132,12 +139,33 @@ class GraphWriter:
         """Dimensions start..end-1 of x, int64 [end - start]."""
         return self.op("Shape", x, start=start, end=end)
 
-    def linear(self, x: ir.Value, name: str, bias: bool = True) -> ir.Value:
-        """x [rows, in] @ weight.T (+ bias). Gemm with transB reads the stored [out, in] layout: no copy."""
-        inputs = [x, self.weight(f"{name}.weight")]
+    def linear(self, x: ir.Value, name: str, bias: bool = True, rows: Rows | None = None) -> ir.Value:
+        """x [rows, in] @ weight.T (+ bias). Gemm with transB reads the stored [out, in] layout: no copy.
+
+        Args:
+            rows: only these outputs (without bias).
+        """
+        if packed := self._weights.packed(f"{name}.weight", rows):
+            return self._packed_linear(x, name, packed, bias)
+        inputs = [x, self.weight(f"{name}.weight", rows=rows)]
         if bias:
             inputs.append(self.weight(f"{name}.bias"))
         return self.op("Gemm", *inputs, transB=1)
+
+    def _packed_linear(self, x: ir.Value, name: str, packed: Packed, bias: bool) -> ir.Value:
+        """The same with integer weights, stored [in, out]: what ONNX Runtime makes one MatMulNBits of."""
+        values = [self._tape.initializer(tensor, tensor.name) for tensor in packed.initializers()]
+        attributes = {"axis": 0, "block_size": packed.block} if packed.block else {"axis": 1}
+        with self._named_after(f"{name}.weight"):
+            weight = self.op("DequantizeLinear", *values, **attributes)
+        product = self.op("MatMul", x, weight)
+        if not bias:
+            return product
+        # With a matrix of rank 2, ONNX Runtime before 1.25 would first make a Gemm of product and bias, and then
+        # dequantise all weights at every step: 100 times as slow.
+        outputs = packed.shape[1]
+        summed = self.op("Add", self.reshape(product, 1, -1, outputs), self.weight(f"{name}.bias"))
+        return self.reshape(summed, -1, outputs)
 
     def conv(self, x: ir.Value, name: str, bias: bool = True, **attributes: Any) -> ir.Value:
         """Conv with the stored kernel (and bias), in the narrowest type that opset 18 allows."""
@@ -204,7 +232,7 @@ class GraphWriter:
             self._graph.opset_imports[function.domain] = 1
         return ir.Model(
             self._graph,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="sfexport",
             producer_version=__version__,
             functions=list(functions),

@@ -1,0 +1,125 @@
+"""`sfexport plan --target cpu` against the peak memory of a real run.
+
+    python benchmarks/plan_memory.py            the shipped model and a random 0.5 B one (4 GB of memory, 6 GB of disk)
+    python benchmarks/plan_memory.py --demo     the shipped model only
+    ... --json                                  one JSON document
+
+For every way of storing the weights: engines are built, then a process of its own loads them, encodes a clip and
+answers a question; its peak resident memory stands beside the plan's figure. Exit code 1 if one is off by
+more than 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+TOLERANCE = 0.15
+NEW_TOKENS = 4
+# What each of the plan's precisions is called when a checkpoint is exported.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "fp16": {"precision": "fp16"},
+    "int4+fp16": {"precision": "fp32", "quantize": "int4", "lm_head": "fp16"},
+    "int4+int8": {"precision": "fp32", "quantize": "int4", "lm_head": "int8"},
+}
+
+
+def measured_peak(engines: Path, clip: Path, frames: int) -> int:
+    """Peak resident bytes of a process that answers one question."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(engines), str(clip), str(frames)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def answer(engines: str, clip: str, frames: str) -> int:
+    """In the child: answer, then this process's peak."""
+    from sfexport.qa.pipeline import Pipeline
+
+    pipeline = Pipeline.load(engines)
+    options = pipeline.generation_options().override(max_new_tokens=NEW_TOKENS)
+    pipeline.encode(clip, int(frames)).ask("What happens in the video?", options)
+    return own_peak()
+
+
+def own_peak() -> int:
+    """Peak resident bytes of this process.
+
+    From /proc where there is one: Linux's getrusage counts what the parent had when it started this process too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_noise(file: Path, frames: int = 64) -> None:
+    import numpy as np
+
+    from sfexport.demo.clip import write_frames
+
+    rng = np.random.default_rng(0)
+    write_frames(file, (rng.integers(0, 256, (240, 320, 3), np.uint8) for _ in range(frames)), 8, (320, 240))
+
+
+def compare(checkpoint: Path, name: str, clip: Path, frames: int, folder: Path) -> list[dict[str, Any]]:
+    """One row per way of storing the weights: bytes planned and measured."""
+    from sfexport.checkpoint import Checkpoint
+    from sfexport.engines.build import build
+    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.planning.plan import plan
+
+    found = {f.storage.name: f.memory.run for f in plan(checkpoint, "cpu", frames).targets[0].figures}
+    rows = []
+    for precision, options in OPTIONS.items():
+        print(f"{name}: {precision}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            bundle = export(Checkpoint.open(checkpoint), Path(made) / "bundle", ExportOptions(**options))
+            engines = build(bundle, Path(made) / "engines", "onnxruntime")
+            measured = measured_peak(engines.path, clip, frames)
+        row = {"model": name, "precision": precision, "planned": found[precision], "measured": measured}
+        rows.append(row | {"off": found[precision] / measured - 1})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="the shipped model only")
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    from sfexport.demo.shipped import SHIPPED
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clip = folder / "clip.mp4"
+        write_noise(clip)
+        rows = compare(SHIPPED, "demo", clip, options.frames, folder)
+        if not options.demo:
+            from random_checkpoint import write_random_checkpoint
+
+            write_random_checkpoint(folder / "checkpoint", "0.5b")
+            rows += compare(folder / "checkpoint", "0.5 B", clip, options.frames, folder)
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        print(f"{'model':8}{'stored':12}{'planned, MB':>12}{'measured':>10}{'off':>8}")
+        for row in rows:
+            figures = f"{row['planned'] / 1e6:>12,.0f}{row['measured'] / 1e6:>10,.0f}{row['off']:>8.1%}"
+            print(f"{row['model']:8}{row['precision']:12}{figures}")
+    return int(any(abs(row["off"]) > TOLERANCE for row in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(answer(*sys.argv[2:]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,253 @@
+"""Checkpoint and targets -> figures. Nothing is built or run: graphs are written into a temporary directory and read.
+
+May import sfexport.cost, planning, graphs, engines and machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sfexport.checkpoint import Checkpoint
+from sfexport.cost import (
+    Lengths,
+    Storage,
+    lengths,
+    prefill_calls,
+    slow_key_value_flops,
+    storages,
+    vision_flops,
+    weight_bytes,
+)
+from sfexport.cost import call_flops as flops_of
+from sfexport.engines.build_tensorrt import FIRST_MAPPED, memory_needs
+from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
+from sfexport.engines.profiles import Limits, resolve_profiles
+from sfexport.engines.tensorrt_library import short_version
+from sfexport.errors import InputError
+from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.machines.machine import look
+from sfexport.machines.targets import Target, find_target, load_targets, match_machine
+from sfexport.manifest import Bundle
+from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
+from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
+
+CPU, ALL = "cpu", "all"
+# Tokens of the prompt's template before the video, and of a question of some twelve words with what follows it.
+BEFORE_TOKENS, QUESTION_TOKENS = 14, 30
+MOST_FRAMES = 65_536  # as for answering
+SYSTEM_BYTES = 1_500_000_000  # what a board without a desktop keeps of the memory that CPU and GPU share
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One way of storing the weights on one target; bytes and seconds.
+
+    Attributes:
+        weights: by part. builds, answers: the target's memory suffices; None: it is not known.
+        speed: None for the CPU, whose rates are not known.
+    """
+
+    storage: Storage
+    weights: dict[str, int]
+    memory: MemoryPlan
+    builds: bool | None
+    answers: bool | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Attributes: `memory`: the target's, in bytes; None: not known. `efficiency`: what was assumed for `speed`."""
+
+    name: str
+    jetpack: str | None
+    memory: int | None
+    efficiency: Efficiency | None
+    figures: tuple[Figures, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes: `lengths`: of the prompt that is timed. `limits`: what memory is reserved for. `flops`: by stage."""
+
+    checkpoint: Path
+    lengths: Lengths
+    limits: Limits
+    flops: dict[str, int]
+    decode_mode: str
+    targets: tuple[TargetPlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "computed": True,
+            "checkpoint": str(self.checkpoint),
+            "lengths": asdict(self.lengths) | {"prompt": self.lengths.prompt},
+            "limits": asdict(self.limits),
+            "flops": self.flops,
+            "decode_mode": self.decode_mode,
+            "targets": [_target_json(target) for target in self.targets],
+        }
+
+
+def _target_json(target: TargetPlan) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "jetpack": target.jetpack,
+        "memory": target.memory,
+        "efficiency": asdict(target.efficiency) if target.efficiency else None,
+        "precisions": [_figures_json(figures) for figures in target.figures],
+    }
+
+
+def _figures_json(figures: Figures) -> dict[str, Any]:
+    memory, speed = figures.memory, figures.speed
+    return {
+        "precision": figures.storage.name,
+        "weights": figures.weights,
+        "text_key_values": memory.text_key_values,
+        "slow_key_values": memory.slow_key_values,
+        "activations": {g.name: g.activations for g in memory.graphs},
+        "build_peak": {"device": memory.build_device, "host": memory.build_host},
+        "run_peak": memory.run,
+        "builds": figures.builds,
+        "answers": figures.answers,
+        "seconds": None if speed is None else _seconds_json(speed),
+        "tokens_per_second": None if speed is None else speed.tokens_per_second,
+    }
+
+
+def _seconds_json(speed: Speed) -> dict[str, float | None]:
+    stages = {name: getattr(speed, name) for name in ("vision", "compressor", "prefix", "question")}
+    return stages | {"first_token": speed.first_token, "second_question": speed.second_question}
+
+
+def plan(path: Path, target: str | None = None, frames: int | None = None, jetpack: str | None = None) -> Plan:
+    """What answering about `frames` frames (None: the checkpoint's number) takes.
+
+    Args:
+        target: a name in the table of targets, 'all', or 'cpu' for ONNX Runtime on this machine; None: this machine.
+        jetpack: the target's; None: its default.
+
+    Raises:
+        InputError: an unknown target or JetPack, a number of frames that nothing can be asked about.
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    chosen = choose_targets(target, jetpack)
+    _check_frames(frames)
+    checkpoint = Checkpoint.open(path)
+    checkpoint.validate()
+    with TemporaryDirectory(prefix="sfexport-plan-") as folder:
+        precisions = ("fp32", checkpoint.half_precision)
+        wide, narrow = (_export(checkpoint, Path(folder) / p, p, frames) for p in precisions)
+        at = _lengths(checkpoint, wide.frames)
+        limits = Limits(at.frames)
+        if chosen is None:
+            targets: Sequence[TargetPlan] = [_on_this_cpu(checkpoint, wide, at)]
+        else:
+            memory = _Memory({4: wide, 2: narrow}, limits)
+            targets = [_on_target(checkpoint, memory, at, target) for target in chosen]
+    facts, size = checkpoint.facts, checkpoint.image.crop
+    flops = {
+        "vision": vision_flops(facts, checkpoint.tower, size, at.frames),
+        "compressor": slow_key_value_flops(facts, at.slow),
+        **{f"prefill_{name}": flops_of(facts, call) for name, call in prefill_calls(facts, at).items()},
+    }
+    return Plan(path, at, limits, flops, facts.slow_fast.decode_mode, tuple(targets))
+
+
+def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target] | None:
+    """The targets that a name stands for; None: this machine's CPU.
+
+    Raises:
+        InputError: an unknown name or JetPack, or this machine has a GPU that the table of targets does not have.
+    """
+    if jetpack is not None and name in (None, ALL, CPU):
+        raise InputError("--jetpack needs a --target of its own.", "For instance --target jetson-orin-agx-64.")
+    if name == ALL:
+        return [choices[0] for choices in load_targets().values()]
+    if name == CPU:
+        return None
+    if name is not None:
+        if name not in load_targets():
+            known = ", ".join([*load_targets(), CPU, ALL])
+            raise InputError(f"Unknown target {name!r}.", f"Choose one of {known}.")
+        return [find_target(name, jetpack)]
+    machine = look()
+    here = match_machine(machine)
+    if here is None and machine.gpus:
+        raise InputError(f"The table of targets does not have this machine's {machine.gpus[0].name}.", "Use --target.")
+    return [here] if here else None
+
+
+def _check_frames(frames: int | None) -> None:
+    if frames is not None and not 1 <= frames <= MOST_FRAMES:
+        raise InputError(f"--frames must be from 1 to {MOST_FRAMES:,}, not {frames}.", "Change --frames.")
+
+
+def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | None) -> Bundle:
+    return export(checkpoint, out, ExportOptions(frames=frames, weights="reference", precision=precision))
+
+
+def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
+    facts = checkpoint.facts
+    at = lengths(facts, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
+    most = facts.text.max_length
+    if most is not None and at.prompt > most:
+        raise InputError(
+            f"{frames} frames make {at.fast:,} fast tokens with this checkpoint's strides; with "
+            f"{at.before + at.question} tokens of text that is more than the {most:,} positions the model takes.",
+            "Use fewer --frames.",
+        )
+    return at
+
+
+class _Memory:
+    """What plan_memory says of bundles, by the width of their numbers, each asked once."""
+
+    def __init__(self, bundles: dict[int, Bundle], limits: Limits) -> None:
+        self._profiles = {width: resolve_profiles(bundle, limits) for width, bundle in bundles.items()}
+        self._bundles = bundles
+        self._known: dict[tuple[int, bool], MemoryPlan] = {}
+
+    def of(self, storage: Storage, weights: dict[str, int], mapped: bool) -> MemoryPlan:
+        width = storage.width
+        if (width, mapped) not in self._known:
+            self._known[width, mapped] = plan_memory(self._bundles[width], self._profiles[width], mapped)
+        found = self._known[width, mapped]
+        return with_weights(found, weights, mapped) if storage.quantised else found
+
+
+def _on_target(checkpoint: Checkpoint, memory: _Memory, at: Lengths, target: Target) -> TargetPlan:
+    facts, tower, size = checkpoint.facts, checkpoint.tower, checkpoint.image.crop
+    mapped = short_version(target.tensorrt) >= FIRST_MAPPED
+    found = []
+    for storage in storages(checkpoint.half_precision):
+        weights = weight_bytes(facts, tower, storage)
+        needs = memory.of(storage, weights, mapped)
+        builds, answers = _fits(needs, target)
+        speed = estimate_speed(facts, tower, size, at, storage, weights, target)
+        found.append(Figures(storage, weights, needs, builds, answers, speed))
+    return TargetPlan(target.name, target.jetpack, round(1e9 * target.memory_gb), efficiency_on(target), tuple(found))
+
+
+def _fits(memory: MemoryPlan, target: Target) -> tuple[bool, bool]:
+    """Whether building and answering do, in what memory of the target is known (not the host's beside a GPU)."""
+    free = target.memory_gb - (SYSTEM_BYTES / 1e9 if target.shared_memory else 0)
+    needs = memory_needs(memory, target.shared_memory, free, None)
+    verdicts = {what: needed <= has for what, needed, has in needs if has is not None}
+    builds, answers = (all(ok for what, ok in verdicts.items() if what.startswith(v)) for v in ("Build", "Answer"))
+    return builds, answers
+
+
+def _on_this_cpu(checkpoint: Checkpoint, bundle: Bundle, at: Lengths) -> TargetPlan:
+    profiles = resolve_profiles(bundle, Limits(at.frames, at.before + at.question))
+    size, found = physical_memory(), []
+    for storage in CPU_STORAGES:
+        memory = cpu_memory(checkpoint, bundle, profiles, storage, at.frames)
+        builds, answers = (None if size is None else n <= size for n in (memory.build_host, memory.run))
+        found.append(Figures(storage, cpu_weight_bytes(checkpoint, storage), memory, builds, answers, None))
+    return TargetPlan(CPU, None, size, None, tuple(found))

@@ -1,0 +1,134 @@
+"""A plan as a table and what it rests on, in 80 columns. May import sfexport.console and planning."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from sfexport import console
+from sfexport.planning.plan import CPU, SYSTEM_BYTES, Figures, Plan, TargetPlan
+
+GB, MB = 1e9, 1e6
+WIDTH = 80
+_WEIGHTS = {
+    "tower": "vision tower",
+    "projector": "projector",
+    "compressor": "compressor",
+    "decoder": "decoder's layers",
+    "head": "decoder's head",
+}
+
+
+def show(plan: Plan) -> None:
+    """The tables on stdout: one target in full, several with a line for each way of storing the weights."""
+    if len(plan.targets) == 1:
+        target = plan.targets[0]
+        unit = GB if max(figures.memory.run for figures in target.figures) >= GB else MB
+        header = ("GB" if unit == GB else "MB", *(figures.storage.name for figures in target.figures))
+        console.table(f"{_machine(target)} (computed)", header, list(_rows(target, unit)))
+    else:
+        header = ("target", "stored", "run GB", "build", "fits", "first s", "next", "tok/s")
+        console.table("every target (computed)", header, [row for t in plan.targets for row in _lines(t)])
+    for note in notes(plan):
+        for line in textwrap.wrap(note, WIDTH):
+            console.say(line, err=False)
+
+
+def _machine(target: TargetPlan) -> str:
+    jetpack = f", JetPack {target.jetpack}" if target.jetpack else ""
+    memory = f", {target.memory / GB:.0f} GB" if target.memory else ""
+    name = "ONNX Runtime on this CPU" if target.name == CPU else target.name
+    return f"{name}{jetpack}{memory}"
+
+
+def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
+    """Quantities, a column for each way of storing the weights."""
+
+    def sizes(name: str, values: list[int]) -> tuple[str, ...]:
+        return (name, *(f"{value / unit:.2f}" for value in values))
+
+    found = target.figures
+    for part, name in _WEIGHTS.items():
+        yield sizes(name, [f.weights[part] for f in found])
+    yield sizes("text K/V, all sets", [f.memory.text_key_values for f in found])
+    yield sizes("slow K/V", [f.memory.slow_key_values for f in found])
+    yield sizes("activations", [max(g.activations for g in f.memory.graphs) for f in found])
+    yield sizes("answering, peak", [f.memory.run for f in found])
+    if target.name == CPU:
+        yield sizes("loading, peak", [f.memory.build for f in found])
+    elif target.jetpack:
+        yield sizes("building, peak", [f.memory.build for f in found])
+    else:
+        yield sizes("building, GPU", [f.memory.build_device for f in found])
+        yield sizes("building, host", [f.memory.build_host for f in found])
+    yield ("fits", *(_fits(f) for f in found))
+    if target.name != CPU:
+        yield ("first answer, s", *(_seconds(f.speed.first_token) for f in found))
+        yield ("next question, s", *(_seconds(f.speed.second_question) for f in found))
+        yield ("tokens/s", *(f"{f.speed.tokens_per_second:.1f}" for f in found))
+
+
+def _lines(target: TargetPlan) -> Iterator[tuple[str, ...]]:
+    """A line for each way of storing the weights."""
+    for i, f in enumerate(target.figures):
+        build = f.memory.build if target.jetpack else f.memory.build_device
+        yield (
+            "" if i else target.name,
+            f.storage.name,
+            f"{f.memory.run / GB:.1f}",
+            f"{build / GB:.1f}",
+            _fits(f),
+            _seconds(f.speed.first_token),
+            _seconds(f.speed.second_question),
+            f"{f.speed.tokens_per_second:.1f}",
+        )
+
+
+def _fits(figures: Figures) -> str:
+    if figures.answers is None:
+        return "?"
+    if not figures.answers:
+        return "no"
+    return "yes" if figures.builds else "answers"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def notes(plan: Plan) -> Iterator[str]:
+    """What the figures rest on, a paragraph each."""
+    at, limits = plan.lengths, plan.limits
+    yield (
+        f"{at.frames} frames: {at.slow:,} slow tokens and a prompt of {at.prompt:,} ({at.before} before the video, "
+        f"{at.fast:,} fast tokens, {at.question} of the question)."
+    )
+    if plan.targets[0].name == CPU:
+        yield (
+            "Nothing was run. Bytes of one process that loads the graphs and answers a question. int4+...: "
+            "a bundle in fp32 with rounded weights. fp16 is computed in fp32, with the weights so in memory."
+        )
+        return
+    yield (
+        "Nothing was built or run. GB are 10^9 bytes, MB 10^6. On a Jetson, building and answering share the board's "
+        f"memory with the system, for which {SYSTEM_BYTES / GB:.1f} GB are set aside; beside other GPUs the host needs "
+        "memory for building too."
+    )
+    yield (
+        f"Memory: room for {limits.question_tokens} tokens of text in a prompt and {limits.new_tokens} of an answer; "
+        "every node's output kept until its last use. Fits 'answers': for engines built with swap or on a larger "
+        "board of the same kind."
+    )
+    yield (
+        "First answer: vision, slow K/V and prefill, without reading the video. '-': the table of targets has no fp32 "
+        "rate. Launches and small kernels, which hold back a fast GPU, are not counted: read tokens/s as an upper "
+        "limit there."
+    )
+    for efficiency in dict.fromkeys(target.efficiency for target in plan.targets):
+        names = [t.name for t in plan.targets if t.efficiency == efficiency]
+        where = "" if len(plan.targets) == 1 else f" on {', '.join(names)}"
+        yield (
+            f"Assumed{where}: decoding at {efficiency.bandwidth:.0%} of the bandwidth; prefill at "
+            f"{efficiency.prefill:.0%} ({efficiency.prefill_int4:.0%} with int4) and vision at {efficiency.vision:.0%} "
+            "of the fp16 rate."
+        )
