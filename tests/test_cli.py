@@ -251,7 +251,13 @@ def test_inspect_describes_a_bundle_and_engines(tree: Tree) -> None:
     bundle = document(sfexport("inspect", tree.bundle, "--json"))
     assert bundle["kind"] == "bundle"
     assert set(bundle["graphs"]) == {"vision_encoder", "compressor", "decoder"}
-    assert bundle["options"] == {"precision": "fp32", "frames": 16, "weights": "copy"}
+    assert bundle["options"] == {
+        "precision": "fp32",
+        "frames": 16,
+        "weights": "copy",
+        "quantize": None,
+        "split_lm_head": 1,
+    }
     pixels = bundle["graphs"]["vision_encoder"]["inputs"][0]
     assert (pixels["name"], pixels["shape"]) == ("pixel_values", ["frames", 3, 128, 128])
     engines = document(sfexport("inspect", tree.engines, "--json"))
