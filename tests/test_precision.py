@@ -164,7 +164,8 @@ class Stored:
     def __init__(self, **tensors: np.ndarray) -> None:
         self._tensors = tensors
 
-    def tensor(self, name: str) -> ir.Tensor:
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> ir.Tensor:
+        assert rows is None
         return ir.tensor(self._tensors[name.replace(".", "_")], name=name)
 
 
