@@ -168,6 +168,9 @@ class Stored:
         assert rows is None
         return ir.tensor(self._tensors[name.replace(".", "_")], name=name)
 
+    def packed(self, name: str, rows: tuple[int, int] | None = None) -> None:
+        """Nothing here is quantised."""
+
 
 def run_block(folder: Path, x: np.ndarray, write: Callable, stored: Stored | None = None) -> list[np.ndarray]:
     """write(graph, value) in a float16 graph: by ONNX Runtime, and with a rounding after every node."""
