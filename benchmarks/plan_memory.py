@@ -1,6 +1,7 @@
 """`sfexport plan --target cpu` against the peak memory of a real run.
 
-    python benchmarks/plan_memory.py            the shipped model and a random 0.5 B one (4 GB of memory, 6 GB of disk)
+    python benchmarks/plan_memory.py            random models too: one of 0.5 B, and one whose tower is as wide as the
+                                                released one's, a block to a stage (9 GB of memory, 6 GB of disk)
     python benchmarks/plan_memory.py --demo     the shipped model only
     ... --json                                  one JSON document
 
@@ -17,6 +18,8 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,9 @@ def write_noise(file: Path, frames: int = 64) -> None:
     write_frames(file, (rng.integers(0, 256, (240, 320, 3), np.uint8) for _ in range(frames)), 8, (320, 240))
 
 
-def compare(checkpoint: Path, name: str, clip: Path, frames: int, folder: Path) -> list[dict[str, Any]]:
+def compare(
+    checkpoint: Path, name: str, clip: Path, frames: int, folder: Path, precisions: Sequence[str] = tuple(OPTIONS)
+) -> list[dict[str, Any]]:
     """One row per way of storing the weights: bytes planned and measured."""
     from sfexport.checkpoint import Checkpoint
     from sfexport.engines.build import build
@@ -79,14 +84,33 @@ def compare(checkpoint: Path, name: str, clip: Path, frames: int, folder: Path) 
 
     found = {f.storage.name: f.memory.run for f in plan(checkpoint, "cpu", frames).targets[0].figures}
     rows = []
-    for precision, options in OPTIONS.items():
-        print(f"{name}: {precision}", file=sys.stderr)
+    for precision in precisions:
+        print(f"{name}, {frames} frames: {precision}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            bundle = export(Checkpoint.open(checkpoint), Path(made) / "bundle", ExportOptions(**options))
+            bundle = export(Checkpoint.open(checkpoint), Path(made) / "bundle", ExportOptions(**OPTIONS[precision]))
             engines = build(bundle, Path(made) / "engines", "onnxruntime")
             measured = measured_peak(engines.path, clip, frames)
-        row = {"model": name, "precision": precision, "planned": found[precision], "measured": measured}
-        rows.append(row | {"off": found[precision] / measured - 1})
+        row = {"model": name, "frames": frames, "precision": precision, "planned": found[precision]}
+        rows.append(row | {"measured": measured, "off": found[precision] / measured - 1})
+    return rows
+
+
+def compare_large(clip: Path, folder: Path, frames: int) -> list[dict[str, Any]]:
+    """A decoder that is mostly weights, and a tower that is mostly activations."""
+    import random_checkpoint
+
+    from sfexport.towers import CONVNEXT_XXL
+
+    write = random_checkpoint.write_random_checkpoint
+    write(folder / "decoder", "0.5b")
+    rows = compare(folder / "decoder", "0.5 B", clip, frames, folder)
+    tower = replace(CONVNEXT_XXL, depths=(1, 1, 1, 1))
+    config = random_checkpoint.QWEN2_SMALL | {"num_hidden_layers": 2, "cross_attn_max_layer_depth": 2}
+    config |= {"mm_hidden_size": tower.out_size, "vocab_size": 8192}
+    random_checkpoint.SIZES["tower"] = (config, tower, 576)
+    write(folder / "tower", "tower")
+    for count in (8, 16):
+        rows += compare(folder / "tower", "tower", clip, count, folder, ["fp32"])
     return rows
 
 
@@ -104,17 +128,14 @@ def main() -> int:
         write_noise(clip)
         rows = compare(SHIPPED, "demo", clip, options.frames, folder)
         if not options.demo:
-            from random_checkpoint import write_random_checkpoint
-
-            write_random_checkpoint(folder / "checkpoint", "0.5b")
-            rows += compare(folder / "checkpoint", "0.5 B", clip, options.frames, folder)
+            rows += compare_large(clip, folder, options.frames)
     if options.json:
         print(json.dumps(rows))
     else:
-        print(f"{'model':8}{'stored':12}{'planned, MB':>12}{'measured':>10}{'off':>8}")
+        print(f"{'model':8}{'frames':8}{'stored':12}{'planned, MB':>12}{'measured':>10}{'off':>8}")
         for row in rows:
             figures = f"{row['planned'] / 1e6:>12,.0f}{row['measured'] / 1e6:>10,.0f}{row['off']:>8.1%}"
-            print(f"{row['model']:8}{row['precision']:12}{figures}")
+            print(f"{row['model']:8}{row['frames']:<8}{row['precision']:12}{figures}")
     return int(any(abs(row["off"]) > TOLERANCE for row in rows))
 
 

@@ -1,0 +1,80 @@
+"""`sfexport ask`: questions about a video."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sfexport import console
+from sfexport.commands.common import DIRECTORY, MODES, json_option, with_examples
+
+
+@with_examples(
+    "sfexport ask ./engines clip.mp4 -q 'What happens in the video?'",
+    "sfexport ask ./engines clip.mp4 -q 'Who is it?' -q 'Where?' --mode trained --json",
+    "sfexport ask ./engines clip.mp4 -q 'Describe it.' --temperature 0.7 --top-p 0.9 --seed 1",
+)
+@click.command()
+@click.argument("engines", type=DIRECTORY)
+@click.argument("video", type=DIRECTORY)
+@click.option("-q", "--question", "questions", multiple=True, required=True, help="A question; may be repeated.")
+@click.option(
+    "--mode", type=MODES, help="Whether answer tokens see the slow tokens (trained) or not.  [default: the model's]"
+)
+@click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
+@click.option(
+    "--sampling",
+    type=click.Choice(["linspace", "eval"]),
+    default="linspace",
+    show_default=True,
+    help="Frame sampling rule.",
+)
+@click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--top-k", type=int, help="Sample among the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens with this mass only.")
+@click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="A further token that ends the answer; may be repeated.")
+@json_option
+def ask(
+    engines: Path,
+    video: Path,
+    questions: tuple[str, ...],
+    mode: str | None,
+    frames: int | None,
+    sampling: str,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **generation: Any,
+) -> None:
+    """Answer questions about a VIDEO (or a picture) with ENGINES. The video is encoded once for all questions."""
+    from sfexport.qa.pipeline import Pipeline
+
+    pipeline = Pipeline.load(engines)
+    options = pipeline.generation_options().override(**generation)
+    stops = {pipeline.tokenizer.token_id(text) for text in stop}
+    options = options.override(stop_ids=options.stop_ids | stops)
+    with console.frames_progress("encoding") as on_frames:
+        session = pipeline.encode(video, frames, sampling, questions, on_frames)
+    answers = []
+    for question in questions:
+        if not as_json:
+            click.echo(f"Q: {question}\nA: ", nl=False)
+        answers.append(session.ask(question, options, mode, None if as_json else _stream))
+        if not as_json:
+            click.echo()
+    if as_json:
+        head = {"video": str(video), "engines": str(engines), "backend": pipeline.backend.name}
+        head |= {"mode": mode or pipeline.bundle.facts.slow_fast.decode_mode, "frames": session.frames}
+        head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
+        click.echo(json.dumps(head | {"questions": [asdict(answer) for answer in answers]}))
+
+
+def _stream(text: str) -> None:
+    click.echo(console.printable(text) if sys.stdout.isatty() else text, nl=False)

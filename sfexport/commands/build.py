@@ -1,0 +1,139 @@
+"""`sfexport build`: engines from a bundle or a checkpoint, and what a build for another machine will meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sfexport import console
+from sfexport.commands.common import DIRECTORY, directory_name, json_option, with_examples
+
+
+@with_examples(
+    "sfexport build ./checkpoint",
+    "sfexport build ./bundle -o ./engines --backend onnxruntime",
+    "sfexport build ./checkpoint --target jetson-orin-agx-64 --check -o ./for-the-orin",
+    "sfexport build ./checkpoint --backend tensorrt --frames 96 --max-new-tokens 512",
+)
+@click.command()
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", type=DIRECTORY)
+@click.option(
+    "-o", "--output", type=DIRECTORY, help="The engine directory.  [default: ./<name>-engines/<target>-<runtime>]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the graphs: TensorRT where it is installed beside a GPU, else ONNX Runtime (auto); torch is the "
+    "PyTorch model itself, for comparison.",
+)
+@click.option("--target", help="The machine TensorRT engines are for, as in 'sfexport doctor'.  [default: this one]")
+@click.option("--jetpack", help="The target's JetPack, for --check.  [default: the target's]")
+@click.option("--check", is_flag=True, help="Build nothing: check a TensorRT build for --target, on any machine.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="For a CHECKPOINT. auto: for TensorRT the weights' own type (fp16 for fp32 weights), else fp32.",
+)
+@click.option("--frames", type=int, help="Most frames of a video (TensorRT).  [default: the bundle's]")
+@click.option("--max-question-tokens", type=int, help="Most text tokens of a prompt (TensorRT).  [default: 512]")
+@click.option("--max-new-tokens", type=int, help="Most tokens of an answer (TensorRT).  [default: 256]")
+@click.option("--kernels", type=DIRECTORY, help="Kernels compiled by --check elsewhere (TensorRT without Triton).")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="TensorRT's: 0 builds fastest, 5 runs fastest.  [default: TensorRT's]",
+)
+@click.option("--force", is_flag=True, help="Build even if the weights do not seem to fit into memory.")
+@json_option
+@click.pass_context
+def build(
+    ctx: click.Context,
+    source: Path,
+    output: Path | None,
+    backend: str,
+    target: str | None,
+    jetpack: str | None,
+    check: bool,
+    precision: str,
+    force: bool,
+    as_json: bool,
+    **tensorrt: Any,
+) -> None:
+    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first).
+
+    With --check: what a TensorRT build for --target will meet, without the target; -o then names a directory to take
+    there. Exits with 1 if there is a gap.
+    """
+    from sfexport.engines.build import build, choose_backend, engine_name
+    from sfexport.graphs.source import bundle_from
+    from sfexport.inspection import inspect
+
+    options = _tensorrt_options(target, jetpack, tensorrt)
+    if check:
+        passed = _check_build(source, output, precision, options, as_json)
+        ctx.exit(0 if passed else 1)
+    backend = choose_backend("tensorrt" if target and backend == "auto" else backend)
+    beside = Path(f"{directory_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
+    output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)
+    bundle = bundle_from(source, beside, output, precision, backend == "tensorrt", report=console.step)
+    with console.build_progress() as on_progress:
+        engines = build(bundle, output, backend, console.step, force, options, on_progress)
+    if as_json:
+        click.echo(json.dumps(inspect(engines.path)))
+        return
+    console.say(f"engines written to {output}", err=False)
+    console.say(f"next: sfexport ask {output} VIDEO -q 'What happens in the video?'", err=False)
+
+
+def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, Any]) -> Any:
+    from sfexport.engines.build_tensorrt import TensorRTOptions
+    from sfexport.errors import InputError
+    from sfexport.machines.targets import find_target
+
+    if jetpack and not target:
+        raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
+    return TensorRTOptions(
+        target=find_target(target, jetpack) if target else None,
+        frames=given["frames"],
+        question_tokens=given["max_question_tokens"],
+        new_tokens=given["max_new_tokens"],
+        kernels=given["kernels"],
+        optimization_level=given["optimization_level"],
+    )
+
+
+def _check_build(source: Path, output: Path | None, precision: str, options: Any, as_json: bool) -> bool:
+    """Print what a build for the target will meet; write a directory for it where one is asked for."""
+    from tempfile import TemporaryDirectory
+
+    from sfexport.engines.readiness import KIT_FILE, check_build, write_kit
+    from sfexport.errors import InputError
+    from sfexport.graphs.source import bundle_from
+
+    if options.target is None:
+        raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
+    with TemporaryDirectory() as folder:
+        beside = Path(folder) / "bundle"
+        bundle = bundle_from(source, beside, output, precision, half=True, ours=KIT_FILE, report=console.step)
+        readiness = check_build(bundle, options.target, options)
+    if output is not None:
+        write_kit(readiness, output)
+    if as_json:
+        click.echo(json.dumps(readiness.to_json()))
+        return readiness.passed
+    target = readiness.target
+    system = f"JetPack {target.jetpack}, " if target.jetpack else ""
+    title = (
+        f"{target.name}: {system}TensorRT {target.tensorrt}, {readiness.precision}, {readiness.limits.frames} frames"
+    )
+    console.table(title, ("what", "checked", "found", "verdict"), readiness.rows())
+    if output is not None:
+        console.say(f"taken along in {output}; on the target: {output.name}/build.sh CHECKPOINT", err=False)
+    return readiness.passed

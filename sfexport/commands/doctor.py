@@ -1,0 +1,31 @@
+"""`sfexport doctor`: whether this machine can build and run engines."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from sfexport.commands.common import json_option, with_examples
+
+
+@with_examples("sfexport doctor", "sfexport doctor --target jetson-orin-agx-64 --json")
+@click.command()
+@click.option("--target", help="What engines are wanted for.  [default: this machine]")
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
+    """Show whether engines can be built and run here, and the commands that mend what is missing.
+
+    Exits with 0 if TensorRT engines can be built, or if there is no NVIDIA GPU and ONNX Runtime works, with 1 if not.
+    """
+    from sfexport.doctor.report import examine, show
+    from sfexport.machines.machine import look
+    from sfexport.machines.targets import find_target
+
+    report = examine(look(), find_target(target) if target else None)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        show(report)
+    ctx.exit(report.exit_code)

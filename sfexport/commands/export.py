@@ -1,0 +1,71 @@
+"""`sfexport export`: a checkpoint to a bundle of three graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sfexport import console
+from sfexport.commands.common import DIRECTORY, directory_name, json_option, with_examples
+
+
+@with_examples(
+    "sfexport export ./checkpoint",
+    "sfexport export ./checkpoint -o ./bundle --frames 96",
+    "sfexport export ./checkpoint -o ./small --quantize int4 --precision fp16",
+)
+@click.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("-o", "--output", type=DIRECTORY, help="The bundle directory.  [default: ./<checkpoint name>-bundle]")
+@click.option(
+    "--frames", type=int, help="Frames sampled from a video by default.  [default: the checkpoint's, else 64]"
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "reference", "copy"]),
+    default="auto",
+    show_default=True,
+    help="Point into the checkpoint's shards (reference), take them along (copy), or copy up to 64 MB (auto).",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What the graphs compute in, whatever the weights are stored in.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int4"]),
+    help="Round the decoder's weights to 4 bits; the bundle then holds all weights itself.",
+)
+@click.option(
+    "--lm-head",
+    type=click.Choice(["int8", "fp16"]),
+    help="The language-model head of a quantised bundle; fp16: 16 bits, not rounded.  [default: int8]",
+)
+@click.option(
+    "--split-lm-head", type=int, default=1, show_default=True, help="Pieces the language-model head is computed in."
+)
+@json_option
+def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small.
+
+    With --quantize the weights are read, rounded and written as they stream by: minutes for a large model.
+    """
+    from sfexport.checkpoint import Checkpoint
+    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.inspection import inspect
+
+    output = output or Path(f"{directory_name(checkpoint)}-bundle")
+    bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)
+    if as_json:
+        click.echo(json.dumps(inspect(bundle.path)))
+        return
+    how = bundle.content["options"]["weights"]
+    where = "copied into it" if how == "copy" else f"left in {bundle.weights_directory}"
+    console.say(f"bundle written to {output} (weights {where})", err=False)
+    console.say(f"next: sfexport build {output}", err=False)

@@ -1,0 +1,28 @@
+"""`sfexport inspect`: what is in a directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from sfexport import console
+from sfexport.commands.common import DIRECTORY, json_option, with_examples
+
+
+@with_examples("sfexport inspect ./checkpoint", "sfexport inspect ./engines --json")
+@click.command()
+@click.argument("path", type=DIRECTORY)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is in a checkpoint, bundle or engine directory: facts, inputs and outputs, sizes, versions."""
+    from sfexport.inspection import graph_rows, inspect, rows
+
+    document = inspect(path)
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    console.table(document["kind"], ("", ""), rows(document))
+    if lines := graph_rows(document):
+        console.table("graphs", ("graph", "", "name", "dtype", "shape"), lines)

@@ -1,0 +1,54 @@
+"""`sfexport parity`: engines against PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from sfexport import console
+from sfexport.commands.common import DIRECTORY, json_option, with_examples
+
+
+@with_examples("sfexport parity ./engines", "sfexport parity ./engines clip.mp4 --frames 16 --json")
+@click.command()
+@click.argument("engines", type=DIRECTORY)
+@click.argument("video", type=DIRECTORY, required=False)
+@click.option(
+    "-q", "--question", default="What happens in the video?", show_default=True, help="The question to answer."
+)
+@click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int, default=16, show_default=True, help="Tokens per answer.")
+@click.option("--atol", type=float, help="Absolute tolerance.  [default: 1e-4 in fp32, more in fp16 and bf16]")
+@click.option("--rtol", type=float, help="Tolerance relative to the largest PyTorch value.  [default: as for --atol]")
+@json_option
+@click.pass_context
+def parity(
+    ctx: click.Context,
+    engines: Path,
+    video: Path | None,
+    question: str,
+    frames: int | None,
+    max_new_tokens: int,
+    atol: float | None,
+    rtol: float | None,
+    as_json: bool,
+) -> None:
+    """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
+
+    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not.
+    """
+    from sfexport.parity.report import show
+    from sfexport.parity.run import run_parity, tolerance_for
+    from sfexport.qa.pipeline import Pipeline
+
+    pipeline = Pipeline.load(engines)
+    tolerance = tolerance_for(pipeline, atol, rtol)
+    report = run_parity(pipeline, video, question, frames, max_new_tokens, tolerance, console.step)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        show(report)
+    if not report.passed:
+        ctx.exit(1)

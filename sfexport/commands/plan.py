@@ -1,0 +1,31 @@
+"""`sfexport plan`: memory and speed before a build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from sfexport.commands.common import DIRECTORY, json_option, with_examples
+
+
+@with_examples(
+    "sfexport plan ./checkpoint --target jetson-orin-agx-64 --frames 96", "sfexport plan ./checkpoint --target all"
+)
+@click.command()
+@click.argument("checkpoint", type=DIRECTORY)
+@click.option("--target", help="A target as in 'sfexport doctor', 'cpu' or 'all'.  [default: this machine]")
+@click.option("--jetpack", help="The target's JetPack.  [default: the target's]")
+@click.option("--frames", type=int, help="Frames of a video.  [default: the checkpoint's, else 64]")
+@json_option
+def plan(checkpoint: Path, target: str | None, jetpack: str | None, frames: int | None, as_json: bool) -> None:
+    """Compute what a CHECKPOINT takes on a target, before anyone waits for a build: memory and speed."""
+    from sfexport.planning.plan import plan
+    from sfexport.planning.report import show
+
+    found = plan(checkpoint, target, frames, jetpack)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
