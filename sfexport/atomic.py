@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -11,6 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfexport.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_PARTIAL = ".partial"
 
 
 def check_output(target: Path, ours: str) -> None:
@@ -47,6 +55,8 @@ def _unwritable(target: Path, error: OSError) -> InputError:
 def new_directory(target: Path, ours: str) -> Iterator[Path]:
     """A temporary sibling of `target` to write into; renamed to it at the end, removed if anything fails.
 
+    One that a killed process left behind is removed by the next that writes to the same target.
+
     Raises:
         InputError: as check_output, and where the parent cannot be written or the disk is full.
     """
@@ -55,20 +65,53 @@ def new_directory(target: Path, ours: str) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _remove_abandoned(target)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
     except OSError as error:
         _remove_empty(made)
         raise _unwritable(target, error) from None
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        _replace(temporary, target)
+        with _locked(temporary):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _replace(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _unwritable(target, error) from None
         raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold a directory's lock, which the system gives back when the process ends; False where it cannot be had."""
+    handle = _lock(directory)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(directory: Path) -> int | None:
+    if fcntl is None:
+        return None
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process holds it, or the file system has no locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What processes that were killed while they wrote to `target` left behind."""
+    for found in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
+        with contextlib.suppress(OSError), _locked(found) as abandoned:
+            if abandoned:
+                shutil.rmtree(found, ignore_errors=True)
 
 
 def _remove_empty(directories: list[Path]) -> None:

@@ -6,7 +6,11 @@ Nothing heavy is imported before a verb runs: `sfexport --help` needs click alon
 from __future__ import annotations
 
 import os
-from typing import Any
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
@@ -27,7 +31,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _cleaning_up_when_terminated():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -37,6 +42,23 @@ class _Commands(click.Group):
             message = error.paragraph() if expected else _unexpected(error)
             click.echo(f"Error: {' '.join(message.split())}", err=True)
             ctx.exit(error.exit_code if expected else 1)
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """SIGTERM, as service managers and containers send it, ends a verb as Ctrl-C does: nothing half-written stays."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unexpected(error: Exception) -> str:

@@ -25,6 +25,7 @@ from helpers import (
 
 from sfexport import __version__
 from sfexport.checkpoint import Checkpoint
+from sfexport.engines import memory
 from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.manifest import Bundle, Engines
@@ -82,9 +83,23 @@ def test_model_that_does_not_fit_into_memory_is_not_built(tree_copy: Tree) -> No
     before = snapshot(tree_copy.root)
     result = sfexport("build", tree_copy.bundle, "-o", tree_copy.root / "new")
     assert result.exit_code == 1
-    assert_says(result.stderr, "Error: The weights take 4000000.0 GB", "--force")
+    assert_says(result.stderr, "Error: The weights take 4000000.0 GB in float32", "--quantize int4", "--force")
     assert snapshot(tree_copy.root) == before
     assert sfexport("build", tree_copy.bundle, "-o", tree_copy.root / "new", "--force").exit_code == 0
+
+
+def test_rounded_weights_are_counted_as_they_are_stored(tree_copy: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fits in 4 bits only is built in 4 bits only."""
+    quantised = tree_copy.root / "quantised"
+    assert sfexport("export", tree_copy.checkpoint, "-o", quantised, "--quantize", "int4").exit_code == 0
+    floats = 4 * Bundle.open(quantised).content["weights"]["parameters"]
+    monkeypatch.setattr(memory, "physical_memory", lambda: floats // 2)
+    assert sfexport("build", quantised, "-o", tree_copy.root / "new").exit_code == 0
+    refused = sfexport("build", quantised, "-o", tree_copy.root / "torch", "--backend", "torch")
+    assert refused.exit_code == 1
+    assert_says(refused.stderr, "GB in float32", "--force")
+    monkeypatch.setattr(memory, "physical_memory", lambda: floats // 10)
+    assert_says(sfexport("build", quantised, "-o", tree_copy.root / "small").stderr, "GB in memory", "--force")
 
 
 def cut(file: Path) -> None:

@@ -14,6 +14,7 @@ from sfexport.commands.common import DIRECTORY, directory_name, json_option, wit
 
 @with_examples(
     "sfexport build ./checkpoint",
+    "sfexport build ./checkpoint --quantize int4",
     "sfexport build ./bundle -o ./engines --backend onnxruntime",
     "sfexport build ./checkpoint --target jetson-orin-agx-64 --check -o ./for-the-orin",
     "sfexport build ./checkpoint --backend tensorrt --frames 96 --max-new-tokens 512",
@@ -41,6 +42,9 @@ from sfexport.commands.common import DIRECTORY, directory_name, json_option, wit
     show_default=True,
     help="For a CHECKPOINT. auto: for TensorRT the weights' own type (fp16 for fp32 weights), else fp32.",
 )
+@click.option(
+    "--quantize", type=click.Choice(["int4"]), help="For a CHECKPOINT: round the decoder's weights to 4 bits."
+)
 @click.option("--frames", type=int, help="Most frames of a video (TensorRT).  [default: the bundle's]")
 @click.option("--max-question-tokens", type=int, help="Most text tokens of a prompt (TensorRT).  [default: 512]")
 @click.option("--max-new-tokens", type=int, help="Most tokens of an answer (TensorRT).  [default: 256]")
@@ -62,6 +66,7 @@ def build(
     jetpack: str | None,
     check: bool,
     precision: str,
+    quantize: str | None,
     force: bool,
     as_json: bool,
     **tensorrt: Any,
@@ -72,17 +77,21 @@ def build(
     there. Exits with 1 if there is a gap.
     """
     from sfexport.engines.build import build, choose_backend, engine_name
+    from sfexport.errors import InputError
     from sfexport.graphs.source import bundle_from
     from sfexport.inspection import inspect
 
     options = _tensorrt_options(target, jetpack, tensorrt)
     if check:
-        passed = _check_build(source, output, precision, options, as_json)
+        if target is None:
+            raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
+        passed = _check_build(source, output, _wanted("tensorrt", options, precision, quantize), options, as_json)
         ctx.exit(0 if passed else 1)
     backend = choose_backend("tensorrt" if target and backend == "auto" else backend)
+    wanted = _wanted(backend, options, precision, quantize)
     beside = Path(f"{directory_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
     output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)
-    bundle = bundle_from(source, beside, output, precision, backend == "tensorrt", report=console.step)
+    bundle = bundle_from(source, beside, output, wanted, report=console.step)
     with console.build_progress() as on_progress:
         engines = build(bundle, output, backend, console.step, force, options, on_progress)
     if as_json:
@@ -109,19 +118,28 @@ def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, 
     )
 
 
-def _check_build(source: Path, output: Path | None, precision: str, options: Any, as_json: bool) -> bool:
+def _wanted(backend: str, options: Any, precision: str, quantize: str | None) -> Any:
+    """How a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
+    from sfexport.graphs.source import Wanted
+    from sfexport.machines.machine import look
+    from sfexport.machines.targets import match_machine
+
+    if backend != "tensorrt":
+        return Wanted(precision, quantize=quantize)
+    target = options.target or match_machine(look())
+    return Wanted(precision, True, quantize, target.split_lm_head if target else 1)
+
+
+def _check_build(source: Path, output: Path | None, wanted: Any, options: Any, as_json: bool) -> bool:
     """Print what a build for the target will meet; write a directory for it where one is asked for."""
     from tempfile import TemporaryDirectory
 
     from sfexport.engines.readiness import KIT_FILE, check_build, write_kit
-    from sfexport.errors import InputError
     from sfexport.graphs.source import bundle_from
 
-    if options.target is None:
-        raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
     with TemporaryDirectory() as folder:
         beside = Path(folder) / "bundle"
-        bundle = bundle_from(source, beside, output, precision, half=True, ours=KIT_FILE, report=console.step)
+        bundle = bundle_from(source, beside, output, wanted, KIT_FILE, console.step)
         readiness = check_build(bundle, options.target, options)
     if output is not None:
         write_kit(readiness, output)

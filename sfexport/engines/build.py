@@ -143,7 +143,7 @@ def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report,
 
         check_precision(bundle.precision)
     if not force:
-        check_weights_fit(bundle)
+        check_weights_fit(bundle, backend)
     if backend == "onnxruntime":
         _build_onnxruntime(bundle, directory, report)
     return {"target": "cpu"}

@@ -27,10 +27,13 @@ KEY_VALUE_SETS = 3
 # serialised engine; on the GPU the builder's.
 HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
 
+# Weights that stay as they are stored; all others are held in the graph's type.
+_INTEGER_BITS = {onnx.TensorProto.INT8: 8, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes of one graph: weights in the graph's type, and activations at the largest shapes of any profile."""
+    """Bytes of one graph: weights, in its own type or as integers; activations at the largest shapes of any profile."""
 
     name: str
     weights: int
@@ -81,7 +84,7 @@ def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mappe
 def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:
     model = onnx.load(bundle.graph_file(name), load_external_data=False)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    weights = width * sum(math.prod(t.dims) for t in external)
+    weights = sum(math.prod(t.dims) * _INTEGER_BITS.get(t.data_type, 8 * width) // 8 for t in external)
     return GraphMemory(name, weights, max(_activations(model, profile) for profile in profiles))
 
 
@@ -140,20 +143,26 @@ def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
     return out
 
 
-def check_weights_fit(bundle: Bundle) -> None:
+def check_weights_fit(bundle: Bundle, backend: str) -> None:
     """Refuse weights that this machine's memory cannot hold, before a long load ends in a kill.
 
-    For ONNX Runtime's CPU and for PyTorch, which both hold them in float32 whatever the graphs compute in.
+    ONNX Runtime's CPU holds them in float32 whatever the graphs compute in, but for those rounded to 4 and 8 bits;
+    PyTorch has the checkpoint's, all in float32.
 
     Raises:
         SfexportError: naming both sizes.
     """
-    needed, available = 4 * bundle.content["weights"]["parameters"], physical_memory()
-    if available is not None and needed > available:
-        raise SfexportError(
-            f"The weights take {needed / 1e9:.1f} GB in float32; this machine has {available / 1e9:.1f} GB of memory.",
-            "Use a machine with more, or --force if you know better (swap, for instance).",
-        )
+    whole = 4 * bundle.content["weights"]["parameters"]
+    needed, available = whole if backend == "torch" else bundle.weight_bytes(4), physical_memory()
+    if available is None or needed <= available:
+        return
+    hint = "Use a machine with more, or --force if you know better (swap, for instance)."
+    if backend == "onnxruntime" and not bundle.quantization:
+        hint = "Export with --quantize int4, which takes a fraction of it; or use a machine with more, or --force."
+    how = "in float32" if needed == whole else "in memory"
+    raise SfexportError(
+        f"The weights take {needed / 1e9:.1f} GB {how}; this machine has {available / 1e9:.1f} GB of memory.", hint
+    )
 
 
 def physical_memory() -> int | None:

@@ -53,6 +53,7 @@ class Readiness:
     target: Target
     limits: Limits
     precision: str
+    quantize: str | None
     lines: tuple[Line, ...]
     profiles: dict[str, list[Profile]]
     memory: MemoryPlan
@@ -69,6 +70,7 @@ class Readiness:
             "target": asdict(self.target),
             "limits": asdict(self.limits),
             "precision": self.precision,
+            "quantize": self.quantize,
             "checks": [asdict(line) | {"verdict": line.verdict} for line in self.lines],
             "profiles": {g: [asdict(p) for p in profiles] for g, profiles in self.profiles.items()},
             "memory": self.memory.to_json(),
@@ -97,12 +99,14 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
         *_check_profiles(profiles),
         *_check_memory(memory, target),
     ]
-    return Readiness(target, limits, bundle.precision, tuple(lines), profiles, memory, kernels)
+    quantize = bundle.content["options"].get("quantize")
+    return Readiness(target, limits, bundle.precision, quantize, tuple(lines), profiles, memory, kernels)
 
 
 def _check_precision(bundle: Bundle, target: Target) -> Line:
-    passed = bundle.precision in target.precisions
-    return Line("precision", f"{target.name} computes in it", bundle.precision, passed)
+    wanted = [bundle.precision, *(["int4"] if bundle.quantization else [])]
+    passed = set(wanted) <= set(target.precisions)
+    return Line("precision", f"{target.name} computes in it", " with ".join(wanted), passed)
 
 
 def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[Line]:
@@ -194,6 +198,7 @@ def _script(readiness: Readiness) -> str:
     limits, target = readiness.limits, readiness.target
     jetpack = f" --jetpack {target.jetpack}" if target.jetpack else ""
     kernels = ' --kernels "$here"' if readiness.kernels else ""
+    rounded = f" --quantize {readiness.quantize}" if readiness.quantize else ""
     return f"""#!/bin/sh
 # Builds TensorRT engines for {target.name} on the machine itself: ./build.sh CHECKPOINT [ENGINES]
 set -eu
@@ -202,7 +207,7 @@ checkpoint=${{1:?usage: ./build.sh CHECKPOINT [ENGINES]}}
 sfexport doctor --target {target.name}
 sfexport build "$checkpoint" -o "${{2:-engines}}" --backend tensorrt --target {target.name}{jetpack} \\
     --precision {readiness.precision} --frames {limits.frames} --max-question-tokens {limits.question_tokens} \\
-    --max-new-tokens {limits.new_tokens}{kernels}
+    --max-new-tokens {limits.new_tokens}{rounded}{kernels}
 """
 
 

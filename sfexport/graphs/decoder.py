@@ -50,13 +50,23 @@ from sfexport.graphs.weights import Weights, even_parts, head_name
 class _Shared:
     """Values that every layer uses.
 
+    Shapes, int64: worked out once, since a small step is as many nodes as it is numbers.
+
     Attributes:
-        shape: int64 [2], batch and sequence. cos, sin: [batch, 1, sequence, head_dim / 2].
+        shape: [2], batch and sequence. query_shape: [4], of heads before they are transposed; key_shape likewise.
+        heads_shape: [4], of the query. scores_shape: [4], the query heads of a kv head in one matrix.
+        by_head_shape: [5], the same head by head.
+        cos, sin: [batch, 1, sequence, head_dim], the halves of head_dim alike but for sin's sign.
         bias: float32 [batch, 1, 1, sequence, past + sequence], 0 or MASKED.
         past: K and V by layer. slow: K and V by hybrid layer.
     """
 
     shape: ir.Value
+    query_shape: ir.Value
+    key_shape: ir.Value
+    heads_shape: ir.Value
+    scores_shape: ir.Value
+    by_head_shape: ir.Value
     cos: ir.Value
     sin: ir.Value
     bias: ir.Value
@@ -102,7 +112,25 @@ def _write_inputs(g: GraphWriter, facts: ModelFacts, embeds: ir.Value) -> _Share
     with g.scope("mask"):
         bias = _write_mask(g, embeds, mask, past[0][0])
     by_layer = dict(zip(facts.slow_fast.hybrid_layers, slow, strict=True))
-    return _Shared(g.dims(embeds, 0, 2), cos, sin, bias, past, by_layer, attends, lengths)
+    with g.scope("shapes"):
+        shapes = _write_shapes(g, facts, embeds, mask)
+    return _Shared(*shapes, cos, sin, bias, past, by_layer, attends, lengths)
+
+
+def _write_shapes(g: GraphWriter, facts: ModelFacts, embeds: ir.Value, mask: ir.Value) -> list[ir.Value]:
+    """The shapes of _Shared, in its order."""
+    text = facts.text
+    group = text.num_heads // text.num_kv_heads
+    shape, total = g.dims(embeds, 0, 2), g.dims(mask, 1, 2)
+    batch, sequence = g.dims(embeds, 0, 1), g.dims(embeds, 1, 2)
+    wanted = [
+        (shape, g.ints(text.num_heads, text.head_dim)),
+        (shape, g.ints(text.num_kv_heads, text.head_dim)),
+        (batch, g.ints(text.num_heads), sequence, g.ints(text.head_dim)),
+        (batch, g.ints(text.num_kv_heads, -1), total),
+        (batch, g.ints(text.num_kv_heads, group), sequence, total),
+    ]
+    return [shape, *(g.op("Concat", *parts, axis=0) for parts in wanted)]
 
 
 def _key_value_inputs(
@@ -114,13 +142,14 @@ def _key_value_inputs(
 
 
 def _write_rotary(g: GraphWriter, facts: ModelFacts, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11."""
+    """cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11; see _rotate."""
     dim = facts.text.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     inverse = (1.0 / np.power(np.float32(facts.text.rope_theta), exponents)).astype(np.float32)
     at = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
     angles = g.op("Mul", at, g.constant(inverse, "inv_freq"))
-    return g.from_float32(g.op("Cos", angles)), g.from_float32(g.op("Sin", angles))
+    cos, sin = (g.from_float32(g.op(function, angles)) for function in ("Cos", "Sin"))
+    return g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
 
 
 def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.Value) -> ir.Value:
@@ -159,16 +188,15 @@ def _write_attention(
 ) -> tuple[ir.Value, list[ir.Value]]:
     text, p = facts.text, f"model.layers.{i}.self_attn."
 
-    def project(name: str, heads: int) -> ir.Value:
-        shape = g.op("Concat", shared.shape, g.ints(heads, text.head_dim), axis=0)
-        return g.transpose(g.op("Reshape", g.linear(x, f"{p}{name}"), shape), 0, 2, 1, 3)
+    def project(name: str, shape: ir.Value) -> ir.Value:
+        return g.transpose(g.heads(x, f"{p}{name}", shape, text.head_dim), 0, 2, 1, 3)
 
-    query = _rotate(g, shared, project("q_proj", text.num_heads))
+    query = _rotate(g, shared, project("q_proj", shared.query_shape))
     # Scaled here rather than after the product, because the cross-attention takes a scaled query too.
     query = g.op("Mul", query, g.scalar(text.head_dim**-0.5))
     past_key, past_value = shared.past[i]
-    key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", text.num_kv_heads)), axis=2)
-    value = g.op("Concat", past_value, project("v_proj", text.num_kv_heads), axis=2)
+    key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", shared.key_shape)), axis=2)
+    value = g.op("Concat", past_value, project("v_proj", shared.key_shape), axis=2)
     output = _write_self_attention(g, facts, shared, query, key, value)
     if i in shared.slow:
         output.name = f"hybrid_self_attn.{i}"
@@ -181,9 +209,8 @@ def _write_attention(
 def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
     """Rotary embedding of [batch, heads, sequence, d]: the halves of d are the pairs' two coordinates."""
     a, b = g.split(x, 2, axis=-1)
-    first = g.op("Sub", g.op("Mul", a, shared.cos), g.op("Mul", b, shared.sin))
-    second = g.op("Add", g.op("Mul", b, shared.cos), g.op("Mul", a, shared.sin))
-    return g.op("Concat", first, second, axis=-1)
+    turned = g.op("Mul", g.op("Concat", b, a, axis=-1), shared.sin)
+    return g.op("Add", g.op("Mul", x, shared.cos), turned)
 
 
 def _write_self_attention(
@@ -195,21 +222,12 @@ def _write_self_attention(
     in bfloat16 what tells the keys apart.
     """
     text = facts.text
-    group = text.num_heads // text.num_kv_heads
     grouped = g.to_float32(g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim))
     scores = g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2)))
-    by_head = g.op(
-        "Concat",
-        g.dims(query, 0, 1),
-        g.ints(text.num_kv_heads, group),
-        g.dims(query, 2, 3),
-        g.dims(key, 2, 3),
-        axis=0,
-    )
-    flat = g.op("Shape", scores)
-    scores = g.op("Add", g.op("Reshape", scores, by_head), shared.bias)
-    probabilities = g.op("Reshape", g.from_float32(g.op("Softmax", scores, axis=-1)), flat)
-    context = g.op("Reshape", g.op("MatMul", probabilities, value), g.op("Shape", query))
+    scores = g.op("Add", g.op("Reshape", scores, shared.by_head_shape), shared.bias)
+    probabilities = g.from_float32(g.op("Softmax", scores, axis=-1))
+    context = g.op("MatMul", g.op("Reshape", probabilities, shared.scores_shape), value)
+    context = g.op("Reshape", context, shared.heads_shape)
     return g.reshape(g.transpose(context, 0, 2, 1, 3), -1, text.num_heads * text.head_dim)
 
 

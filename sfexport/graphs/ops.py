@@ -142,30 +142,38 @@ class GraphWriter:
     def linear(self, x: ir.Value, name: str, bias: bool = True, rows: Rows | None = None) -> ir.Value:
         """x [rows, in] @ weight.T (+ bias). Gemm with transB reads the stored [out, in] layout: no copy.
 
+        The matrices that can be quantised have no bias, or are written by `heads`.
+
         Args:
             rows: only these outputs (without bias).
         """
         if packed := self._weights.packed(f"{name}.weight", rows):
-            return self._packed_linear(x, name, packed, bias)
+            return self._packed_product(x, name, packed)
         inputs = [x, self.weight(f"{name}.weight", rows=rows)]
         if bias:
             inputs.append(self.weight(f"{name}.bias"))
         return self.op("Gemm", *inputs, transB=1)
 
-    def _packed_linear(self, x: ir.Value, name: str, packed: Packed, bias: bool) -> ir.Value:
-        """The same with integer weights, stored [in, out]: what ONNX Runtime makes one MatMulNBits of."""
+    def heads(self, x: ir.Value, name: str, shape: ir.Value, width: int) -> ir.Value:
+        """x [rows, in] @ weight.T + bias as [batch, sequence, heads, width], which is what `shape` says.
+
+        A quantised product gets its bias after it is reshaped: of a matrix of rank 2 and a bias, ONNX Runtime before
+        1.25 makes a Gemm first, and then dequantises all weights at every step, 100 times as slow.
+        """
+        packed = self._weights.packed(f"{name}.weight")
+        if packed is None:
+            return self.op("Reshape", self.linear(x, name), shape)
+        product = self.op("Reshape", self._packed_product(x, name, packed), shape)
+        # This Reshape is done once, when the graph is loaded.
+        return self.op("Add", product, self.reshape(self.weight(f"{name}.bias"), -1, width))
+
+    def _packed_product(self, x: ir.Value, name: str, packed: Packed) -> ir.Value:
+        """With integer weights, stored [in, out]: what ONNX Runtime makes one MatMulNBits of."""
         values = [self._tape.initializer(tensor, tensor.name) for tensor in packed.initializers()]
         attributes = {"axis": 0, "block_size": packed.block} if packed.block else {"axis": 1}
         with self._named_after(f"{name}.weight"):
             weight = self.op("DequantizeLinear", *values, **attributes)
-        product = self.op("MatMul", x, weight)
-        if not bias:
-            return product
-        # With a matrix of rank 2, ONNX Runtime before 1.25 would first make a Gemm of product and bias, and then
-        # dequantise all weights at every step: 100 times as slow.
-        outputs = packed.shape[1]
-        summed = self.op("Add", self.reshape(product, 1, -1, outputs), self.weight(f"{name}.bias"))
-        return self.reshape(summed, -1, outputs)
+        return self.op("MatMul", x, weight)
 
     def conv(self, x: ir.Value, name: str, bias: bool = True, **attributes: Any) -> ir.Value:
         """Conv with the stored kernel (and bias), in the narrowest type that opset 18 allows."""
@@ -191,9 +199,12 @@ class GraphWriter:
         return self.from_float32(normed)
 
     def rms_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
-        """Qwen2's RMSNorm over the last axis: normalised in float32, times the weight in the graph's type."""
+        """Qwen2's RMSNorm over the last axis: normalised in float32, times the weight in the graph's type.
+
+        ONNX Runtime makes one node of it as long as the square is a Pow.
+        """
         x = self.to_float32(x)
-        mean_square = self.op("ReduceMean", self.op("Mul", x, x), self.ints(-1), keepdims=1)
+        mean_square = self.op("ReduceMean", self.op("Pow", x, self.float32(2.0)), self.ints(-1), keepdims=1)
         root = self.op("Sqrt", self.op("Add", mean_square, self.float32(eps)))
         normed = self.from_float32(self.op("Div", x, root))
         return self.op("Mul", normed, self.weight(f"{name}.weight"))

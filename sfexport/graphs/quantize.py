@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCKS = (128, 64)  # what TensorRT has kernels for
-SHRINK = (1.0, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72)
+# Of normal weights these leave an error of 10.17 %, twelve between 1 and 0.66 10.11 %, the first alone 11.74 %.
+SHRINK = (1.0, 0.93, 0.87, 0.81, 0.75)
 LOWEST, HIGHEST = -8, 7
 # Weights worked on at a time: 0.5 MB of float32, so that what the candidates need stays in a core's cache.
 _AT_ONCE = 1 << 17

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sfexport.atomic import check_output
@@ -12,12 +13,31 @@ from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """How a checkpoint is to be exported; a bundle has to agree.
+
+    Attributes:
+        precision: 'auto' or one of PRECISIONS. half: 'auto' is 16 bits wide, else fp32.
+        quantize: as ExportOptions has it. split_lm_head: too; a bundle keeps what it has.
+    """
+
+    precision: str = "auto"
+    half: bool = False
+    quantize: str | None = None
+    split_lm_head: int = 1
+
+    def options(self, checkpoint: Checkpoint) -> ExportOptions:
+        half = checkpoint.half_precision if self.half else "fp32"
+        precision = half if self.precision == "auto" else self.precision
+        return ExportOptions(precision=precision, quantize=self.quantize, split_lm_head=self.split_lm_head)
+
+
 def bundle_from(
     source: Path,
     beside: Path,
     output: Path | None,
-    precision: str,
-    half: bool,
+    wanted: Wanted,
     ours: str = ENGINE_FILE,
     report: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
@@ -25,23 +45,29 @@ def bundle_from(
 
     Args:
         output: where the build will write; checked first, so that no export is lost on a place that is taken.
-        precision: 'auto' or one of PRECISIONS. half: 'auto' is 16 bits wide, else fp32.
         ours: manifest of the directory that `output` may replace.
 
     Raises:
-        InputError: `output` is taken, or a bundle is of another precision. CheckpointError, BundleError: see there.
+        InputError: `output` is taken, or a bundle is not as wanted. CheckpointError, BundleError: see there.
     """
     if (source / BUNDLE_FILE).is_file():
         bundle = Bundle.open(source)
-        if precision not in ("auto", bundle.precision):
-            raise InputError(
-                f"{source} is a bundle in {bundle.precision}; its precision cannot be changed to {precision}.",
-                f"Export again with --precision {precision}, or name the checkpoint.",
-            )
+        _check_agrees(bundle, wanted)
         return bundle
     checkpoint = Checkpoint.open(source)
     if output is not None:
         check_output(output, ours)
-    if precision == "auto":
-        precision = checkpoint.half_precision if half else "fp32"
-    return export(checkpoint, beside, ExportOptions(precision=precision), report)
+    return export(checkpoint, beside, wanted.options(checkpoint), report)
+
+
+def _check_agrees(bundle: Bundle, wanted: Wanted) -> None:
+    if wanted.precision not in ("auto", bundle.precision):
+        raise InputError(
+            f"{bundle.path} is a bundle in {bundle.precision}; its precision cannot be changed to {wanted.precision}.",
+            f"Export again with --precision {wanted.precision}, or name the checkpoint.",
+        )
+    if wanted.quantize and not bundle.quantization:
+        raise InputError(
+            f"{bundle.path} is a bundle whose weights are not rounded; that cannot be changed.",
+            f"Export again with --quantize {wanted.quantize}, or name the checkpoint.",
+        )

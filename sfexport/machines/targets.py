@@ -35,6 +35,7 @@ class Target:
         bandwidth_gbs: memory bandwidth in 10^9 bytes per second.
         fp16_tflops: dense, in 10^12 operations per second.
         matches: part of a Jetson's model name, or a word of a GPU's name.
+        split_lm_head: pieces that its memory makes the language-model head be computed in.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     bandwidth_gbs: float
     fp16_tflops: float
     matches: str
+    split_lm_head: int = 1
 
 
 @cache

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -360,3 +363,25 @@ def test_an_interrupted_quantisation_leaves_nothing_and_can_be_repeated(
     assert len(calls) >= 10
     assert snapshot(tmp_path) == {}
     assert export(checkpoint, tmp_path / "bundle", options).quantization["int4"]["weights"] > 0
+
+
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, 0), (signal.SIGKILL, 1)])
+def test_a_killed_quantisation_leaves_no_bundle_and_the_next_one_cleans_up(
+    number: signal.Signals, left: int, tree, tmp_path: Path
+) -> None:
+    """In a process of its own, stopped where it has written half of the weights."""
+    place = tmp_path / "made"
+    arguments = ["export", str(tree.checkpoint), "-o", str(place / "bundle"), "--quantize", "int4"]
+    code = "import os, sys; from sfexport.graphs import weights_file; from sfexport.cli import main; calls = []\n"
+    code += "inner = weights_file.pack_int4\n"
+    code += "def stop(codes):\n    calls.append(0)\n"
+    code += f"    if len(calls) == 10: os.kill(os.getpid(), {int(number)})\n    return inner(codes)\n"
+    code += f"weights_file.pack_int4 = stop; main({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode in (-number, 128 + number), done.stderr
+    assert "Traceback" not in done.stderr
+    hidden = list(place.iterdir()) if place.exists() else []
+    assert len(hidden) == left and all(directory.name.startswith(".bundle.") for directory in hidden)
+    bundle = export(Checkpoint.open(tree.checkpoint), place / "bundle", ExportOptions(quantize="int4"))
+    assert bundle.quantization["int4"]["weights"] > 0
+    assert [path.name for path in place.iterdir()] == ["bundle"]
