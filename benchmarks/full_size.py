@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where to work; the checkpoint there is kept")
-    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=33, help="of the answer")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ class Run:
     stdout: str
 
 
-def run(command: Sequence[object]) -> Run:
-    """Run a command with the repository on its path; its messages go where ours go. Raises CalledProcessError."""
+def run(command: Sequence[object], extra: Mapping[str, str] | None = None) -> Run:
+    """Run a command with the repository on its path; its messages go where ours go. Raises CalledProcessError.
+
+    Args:
+        extra: environment variables to set.
+    """
     line = [str(part) for part in command]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | dict(extra or {})
     start = time.perf_counter()
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
     stdout = process.stdout.read()
@@ -45,9 +49,15 @@ def run(command: Sequence[object]) -> Run:
     return Run(round(seconds, 2), round(peak / 1e6, 1), stdout)
 
 
-def measure(script: str, mode: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
+def measure(
+    script: str,
+    mode: str,
+    *arguments: object,
+    python: str = sys.executable,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run a function of `script` (see main_or_child) in a new process: what it returned, with seconds and memory."""
-    done = run([python, script, CHILD, mode, *arguments])
+    done = run([python, script, CHILD, mode, *arguments], extra)
     # Libraries print too; the last line is ours.
     return {"seconds": done.seconds, "peak_rss_mb": done.peak_rss_mb, **json.loads(done.stdout.splitlines()[-1])}
 

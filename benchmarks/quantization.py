@@ -1,12 +1,12 @@
 """INT4 weights: seconds, memory and error of making them, and what they do to answers and to speed.
 
     python benchmarks/quantization.py                        a random 0.5 B model (needs 6 GB of disk, 4 GB of memory)
-    python benchmarks/quantization.py --size 7b --folder DIR the released model's size (24 GB of disk, 16 GB of memory)
     python benchmarks/quantization.py --demo                 the shipped model: right answers, logits against fp32
+    python benchmarks/quantization.py --goldens              the tests' recorded models: logits against fp32
     ... --json                                               one JSON document
 
 Everything is measured in a process of its own. Random weights say how large errors of weights are, little of what they
-do to a model: for that there is --demo. `plain` is rounding by max/7, `searched` what sfexport does.
+do to a model: for that there is --demo; for the released model's size, full_size.py. `plain` is rounding by max/7.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -23,11 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import HERE, main_or_child, measure, run
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
+from sfexport.huge_pages import SETTING, TUNABLES  # noqa: E402
+
 PREFILL, STEPS, TIMED, SLOW = 64, 8, 24, (16, 16)  # tokens; frames and tokens of each
 TORCH = "torch eager fp32"
+PAGES = {"": {TUNABLES: ""}, ", huge pages": {TUNABLES: SETTING}}
+GOLDENS, TOKENIZER = HERE.parent / "tests" / "golden", HERE.parent / "sfexport" / "demo" / "model"
 # name -> options of the export; 'plain' is no option of sfexport: the search is switched off.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"weights": "reference"},
@@ -35,20 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4 plain": {"quantize": "int4"},
     "int4, head fp16": {"quantize": "int4", "lm_head": "fp16"},
 }
-
-
-def measure(mode: str, *arguments: object) -> dict[str, Any]:
-    """Run this file as `mode` in a new process; its JSON line, with seconds from outside added."""
-    start = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", mode, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {"seconds": round(time.perf_counter() - start, 2), **json.loads(done.stdout.splitlines()[-1])}
-
-
-def peak_mb() -> float:
-    """ru_maxrss is in KiB on Linux, in bytes on macOS."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def export_variant(checkpoint: str, out: str, variant: str) -> dict[str, Any]:
@@ -61,7 +50,7 @@ def export_variant(checkpoint: str, out: str, variant: str) -> dict[str, Any]:
     bundle = export(Checkpoint.open(checkpoint), Path(out), ExportOptions(**VARIANTS[variant]))
     written = sum(f.stat().st_size for f in Path(out).iterdir())
     about = {k: v for k, v in (bundle.quantization or {}).items() if k in ("int4", "int8")}
-    return {"peak_rss_mb": peak_mb(), "written_mb": round(written / 1e6, 1), **about}
+    return {"written_mb": round(written / 1e6, 1), **about}
 
 
 class Decoder:
@@ -127,7 +116,6 @@ def speed(backend: str, path: str) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": round(TIMED / seconds, 2),
         "load_seconds": round(decoder.load_seconds, 1),
-        "peak_rss_mb": peak_mb(),
     }
 
 
@@ -137,44 +125,42 @@ def compare(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     return {"cosine": round(float(cosines.mean()), 5), "same_token": round(float(same), 3)}
 
 
-def run_size(size: str, folder: Path, rounds: int) -> dict[str, Any]:
-    small = size != "7b"
-    checkpoint = folder / f"checkpoint-{size}"
+def run_half_billion(folder: Path, rounds: int) -> dict[str, Any]:
+    """A 0.5 B model: every variant's export, logits and speed, and PyTorch's speed."""
+    checkpoint = folder / "checkpoint-0.5b"
     if not checkpoint.exists():
-        subprocess.run([sys.executable, str(HERE / "random_checkpoint.py"), size, str(checkpoint)], check=True)
-    # In float32 the large one does not fit into a small machine's memory.
-    variants = list(VARIANTS) if small else ["int4"]
-    out: dict[str, Any] = {"size": size, "cores": os.cpu_count(), "variants": {}}
-    for variant in variants:
+        run([sys.executable, HERE / "random_checkpoint.py", "0.5b", checkpoint])
+    variants: dict[str, Any] = {}
+    for variant in VARIANTS:
         bundle = _place(folder, variant)
-        out["variants"][variant] = {"export": measure("export", checkpoint, bundle, variant)}
-        if small:
-            measure("logits", bundle, folder / f"{variant}.npy")
-    contestants = {v: ("onnxruntime", _place(folder, v)) for v in variants if v != "int4 plain"}
-    if small:
-        wanted = np.load(folder / "fp32.npy")
-        for variant in variants:
-            out["variants"][variant]["logits"] = compare(np.load(folder / f"{variant}.npy"), wanted)
-        contestants[TORCH] = ("torch", checkpoint)
-    race = _race(contestants, rounds)
+        variants[variant] = {"export": measure(__file__, "export", checkpoint, bundle, variant)}
+        measure(__file__, "logits", bundle, folder / f"{variant}.npy")
+    wanted = np.load(folder / "fp32.npy")
+    for variant in VARIANTS:
+        variants[variant]["logits"] = compare(np.load(folder / f"{variant}.npy"), wanted)
+    contestants = {v: ("onnxruntime", _place(folder, v)) for v in VARIANTS if v != "int4 plain"}
+    race = _race({TORCH: ("torch", checkpoint), **contestants}, rounds)
     tokens = {name: best.pop("tokens") for name, best in race.items()}
     for name, best in race.items():
-        if small:
-            same = sum(ours == theirs for ours, theirs in zip(tokens[name], tokens[TORCH], strict=True))
-            best |= {"tokens_as_torch": f"{same} of {len(tokens[TORCH])}"}
-            best |= {"against_torch": round(best["tokens_per_second"] / race[TORCH]["tokens_per_second"], 2)}
-        out["variants"].setdefault(name, {})["decode"] = best
-    return out
+        same = sum(ours == theirs for ours, theirs in zip(tokens[name], tokens[TORCH], strict=True))
+        best["tokens_as_torch"] = f"{same} of {len(tokens[TORCH])}"
+        best["against_torch"] = round(best["tokens_per_second"] / race[TORCH]["tokens_per_second"], 2)
+        variants.setdefault(name, {})["decode"] = best
+    return {"size": "0.5b", "cores": os.cpu_count(), "variants": variants}
 
 
 def _race(contestants: dict[str, tuple[str, Path]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Each one's best of some rounds in which they take turns, so that other work on the machine hits all alike."""
+    """Each one's best of some rounds in which they take turns, so that other work on the machine hits all alike.
+
+    Everyone with the system's pages and with huge ones (as `sfexport ask` has them).
+    """
     best: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for name, (backend, path) in contestants.items():
-            found = measure("speed", backend, path)
-            if name not in best or found["tokens_per_second"] > best[name]["tokens_per_second"]:
-                best[name] = found
+            for suffix, extra in PAGES.items():
+                found = measure(__file__, "speed", backend, path, extra=extra)
+                before = best.get(name + suffix, found)
+                best[name + suffix] = max(before, found, key=lambda run: run["tokens_per_second"])
     return best
 
 
@@ -223,36 +209,52 @@ def run_demo(folder: Path, clips: int) -> dict[str, Any]:
     for variant in VARIANTS:
         place = folder / variant
         place.mkdir()
-        out["variants"][variant] = measure("demo", variant, place, clips)
+        out["variants"][variant] = measure(__file__, "demo", variant, place, clips)
     wanted = np.load(folder / "fp32" / "logits.npy")
     for variant, found in out["variants"].items():
         found["logits"] = compare(np.load(folder / variant / "logits.npy"), wanted)
     return out
 
 
+def run_goldens(folder: Path) -> dict[str, Any]:
+    """Logits of the test suite's recorded models, as far as one has matrices that can be rounded."""
+    out: dict[str, Any] = {"size": "goldens", "variants": {}}
+    for golden in sorted(path.parent for path in GOLDENS.glob("*/model.safetensors")):
+        checkpoint = folder / golden.name
+        shutil.copytree(golden, checkpoint)
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+            shutil.copyfile(TOKENIZER / name, checkpoint / name)
+        for variant in ("fp32", "int4", "int4 plain"):
+            bundle = folder / f"{golden.name}-{variant}"
+            exported = measure(__file__, "export", checkpoint, bundle, variant)
+            measure(__file__, "logits", bundle, folder / f"{variant}.npy")
+            found = compare(np.load(folder / f"{variant}.npy"), np.load(folder / "fp32.npy"))
+            if variant != "fp32" and exported["int4"]["weights"]:
+                out["variants"][f"{golden.name}, {variant}"] = {"export": exported, "logits": found}
+    return out
+
+
 def show(results: dict[str, Any]) -> None:
-    rows = [("", "export s", "peak MB", "written MB", "weights off by", "logits cosine", "tokens/s", "load s", "MB")]
+    head = "export s|peak MB|written MB|weights off by|logits cosine|tokens/s|x torch|load s|MB"
+    rows = [("", *head.split("|"))]
     for variant, found in results["variants"].items():
         exported, decode = found.get("export", {}), found.get("decode", {})
         error = (found if "int4" in found else exported).get("int4", {})
         cells = [exported.get(key, "") for key in ("seconds", "peak_rss_mb", "written_mb")]
         cells += [f"{error['error']:.2%}" if error else "", found.get("logits", {}).get("cosine", "")]
-        cells += [decode.get(key, "") for key in ("tokens_per_second", "load_seconds", "peak_rss_mb")]
+        cells += [decode.get(key, "") for key in ("tokens_per_second", "against_torch", "load_seconds", "peak_rss_mb")]
         if "right" in found:
             cells.append(f"{found['right']} of {found['asked']} right")
         rows.append((variant, *map(str, cells)))
     for row in rows:
-        print(f"{row[0]:18}" + "".join(f"{cell:>16}" for cell in row[1:]))
-
-
-CHILDREN = {"export": export_variant, "logits": logits, "speed": speed, "demo": demo}
+        print(f"{row[0]:30}" + "".join(f"{cell:>16}" for cell in row[1:]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("0.5b", "7b"), default="0.5b")
     parser.add_argument("--folder", type=Path, help="where to work; what is there is kept")
     parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--goldens", action="store_true")
     parser.add_argument("--clips", type=int, default=40, help="of --demo")
     parser.add_argument("--rounds", type=int, default=3, help="of decoding; each one's best counts")
     parser.add_argument("--json", action="store_true")
@@ -260,13 +262,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        results = run_demo(folder, options.clips) if options.demo else run_size(options.size, folder, options.rounds)
+        if options.goldens:
+            results = run_goldens(folder)
+        elif options.demo:
+            results = run_demo(folder, options.clips)
+        else:
+            results = run_half_billion(folder, options.rounds)
     print(json.dumps(results)) if options.json else show(results)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        # Libraries print too; only the last line is read.
-        print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
-    else:
-        main()
+    main_or_child(main, {"export": export_variant, "logits": logits, "speed": speed, "demo": demo})

@@ -102,6 +102,7 @@ def build(
 
     Raises:
         SfexportError: the runtime refuses a graph, or the weights do not fit into memory.
+        CheckpointError: a weight is not finite, or leaves float16's range in a float16 graph.
         InputError: the output cannot be written or holds something else.
     """
     backend = choose_backend(backend)
@@ -137,6 +138,7 @@ def _build_tensorrt(
 
 def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report, force: bool) -> dict[str, Any]:
     from sfexport.engines.memory import check_weights_fit
+    from sfexport.engines.weight_check import check_weights
 
     if backend == "onnxruntime":
         from sfexport.engines.onnxruntime_backend import check_precision
@@ -144,6 +146,7 @@ def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report,
         check_precision(bundle.precision)
     if not force:
         check_weights_fit(bundle, backend)
+    check_weights(bundle, report)
     if backend == "onnxruntime":
         _build_onnxruntime(bundle, directory, report)
     return {"target": "cpu"}

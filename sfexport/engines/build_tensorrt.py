@@ -20,6 +20,7 @@ from sfexport.engines.plugin_operations import KernelSource
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engine, timing_cache_file
 from sfexport.engines.tensorrt_library import check_driver, library, short_version
+from sfexport.engines.weight_check import check_weights
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
 from sfexport.kernels.compile import Kernel, compile_kernels
@@ -82,6 +83,7 @@ def build_tensorrt(
     profiles = resolve_profiles(bundle, limits)
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
+    check_weights(bundle, report)
     door, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")

@@ -1,6 +1,7 @@
 """Writing a quantised bundle's weights file in one stream from the checkpoint's shards, as weights_plan has it.
 
-Memory: the rounded form of one matrix (at most 64 MB at a time) and some megabytes per thread; nothing is mapped.
+Memory: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
+and some megabytes per thread; nothing is mapped.
 Imports NumPy; may import sfexport.checkpoint, errors, graphs.quantize, graphs.weights and graphs.weights_plan.
 """
 
@@ -61,9 +62,12 @@ def write_weights(plan: WeightsPlan, report: Callable[[str], None] = lambda line
     """
     file, sums = plan.shard().path, {}
     total, done = plan.weights(*INTEGER), 0
-    with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(_cores()) as pool:
+    with (
+        file.open("wb", buffering=0) as stream,
+        ThreadPoolExecutor(_cores()) as pool,
+        _Writer(plan, stream.fileno(), pool) as writer,
+    ):
         stream.truncate(plan.size)
-        writer = _Writer(plan, stream.fileno(), pool)
         writer.write(plan.header, 0)
         for item in plan.items:
             try:
@@ -117,6 +121,25 @@ def summary(rounded: dict[str, Any]) -> str:
 class _Writer:
     def __init__(self, plan: WeightsPlan, file: int, pool: ThreadPoolExecutor) -> None:
         self._plan, self._file, self._pool = plan, file, pool
+        self._background, self._pending = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._background.shutdown()
+        if error[0] is None:
+            self._finish_pending()
+
+    def _finish_pending(self) -> None:
+        """Wait for what `_write_later` was given; raises what went wrong there."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _write_later(self, item: Item, codes: np.ndarray, start: int) -> None:
+        """_write_codes, while the caller goes on; the next call waits for it."""
+        self._finish_pending()
+        self._pending = self._background.submit(self._write_codes, item, codes, start)
 
     def write(self, data: Any, offset: int) -> None:
         rest = memoryview(data).cast("B")
@@ -155,7 +178,7 @@ class _Writer:
                 codes[:, column : column + done.data.shape[1]] = done.data
                 scales[:, done.start - first : done.start - first + outputs] = done.scales
                 sums += done.sums
-            self._write_codes(item, codes, start)
+            self._write_later(item, codes, start)
         place = self._plan.places[f"{item.name}.scale"]
         self.write(encode(scales, self._plan.scale_type), place.offset)
         return sums

@@ -1,0 +1,88 @@
+"""Whether the weights that graphs point to are numbers that the graphs can compute with. Imports onnx and NumPy.
+
+A bundle is exported without reading its weights, so a diverged training, a damaged file, or a weight that float16
+cannot hold would only show as nonsense in answers. Building reads them all anyway.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from sfexport.errors import CheckpointError
+from sfexport.manifest import GRAPHS, Bundle
+
+_CHUNK_BYTES = 8 << 20
+# Fewer bytes are read before anyone wonders.
+_WORTH_REPORTING = 1 << 30
+# How a stored type is read, and the bits that are all set in what is not a finite number.
+_FLOATS = {
+    onnx.TensorProto.FLOAT: (np.uint32, 0x7F800000),
+    onnx.TensorProto.FLOAT16: (np.uint16, 0x7C00),
+    onnx.TensorProto.BFLOAT16: (np.uint16, 0x7F80),
+}
+# The bits, without the sign, of the first number that rounds to infinity in float16: 65520; in bfloat16 65536.
+_BEYOND_FP16 = {onnx.TensorProto.FLOAT: 0x477FF000, onnx.TensorProto.BFLOAT16: 0x4780}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Some bytes of a stored tensor; `dtype` is ONNX's."""
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+    dtype: int
+
+
+def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> None:
+    """Read all floating-point weights of a bundle's graphs once.
+
+    Raises:
+        CheckpointError: one is not finite, or becomes infinite in a float16 graph; the tensor is named.
+    """
+    spans = list(_spans(bundle))
+    total = sum(span.length for span in spans)
+    if total > _WORTH_REPORTING:
+        report(f"checking {total / 1e9:,.1f} GB of weights")
+    half = bundle.precision == "fp16"
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for span, problem in zip(spans, pool.map(lambda span: _problem(span, half), spans), strict=True):
+            if problem:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise CheckpointError(f"Tensor '{span.name}' in {span.file.name} has {problem[0]}.", problem[1])
+
+
+def _spans(bundle: Bundle) -> Iterator[_Span]:
+    seen = set()
+    for graph in GRAPHS:
+        for tensor in onnx.load(bundle.graph_file(graph), load_external_data=False).graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            key = (place.get("location"), place.get("offset"))
+            if not place or tensor.data_type not in _FLOATS or key in seen:
+                continue
+            seen.add(key)
+            file, first, length = bundle.weights_directory / place["location"], *map(int, (key[1], place["length"]))
+            for start in range(0, length, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, length - start)
+                yield _Span(tensor.name, file, first + start, size, tensor.data_type)
+
+
+def _problem(span: _Span, half: bool) -> tuple[str, str] | None:
+    """(what is wrong, what to do about it), or None."""
+    dtype, exponent = _FLOATS[span.dtype]
+    values = np.fromfile(span.file, dtype, span.length // np.dtype(dtype).itemsize, offset=span.offset)
+    # Without the sign, numbers are in the order of their bits: infinity and NaN are largest.
+    largest = int((values & dtype(np.iinfo(dtype).max >> 1)).max(initial=0))
+    if largest >= exponent:
+        return "values that are not finite numbers", "The training diverged, or the file is damaged: get it again."
+    if half and largest >= _BEYOND_FP16.get(span.dtype, exponent):
+        return "values that float16 cannot hold", "Export with --precision bf16 or fp32."
+    return None
