@@ -24,6 +24,7 @@ from sfexport.manifest import GRAPHS
 RUNTIME = "onnxruntime"
 FIRST_WITH_FOLDER = (1, 21)  # versions from here on honour the option below
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_BLOCK_SIZE = "session.qdq_matmulnbits_block_size"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -80,6 +81,8 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
             return _open_beside_links(ort, graph, weights)
         options = ort.SessionOptions()
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights))
+        # An INT8 head has one scale per output, which its product repeats for every block: of 32 inputs if not told.
+        options.add_session_config_entry(_BLOCK_SIZE, "128")
         return ort.InferenceSession(graph.read_bytes(), options, providers=providers())
     except Exception as error:  # its exceptions share no base class
         raise SfexportError(f"ONNX Runtime cannot load {graph}: {_first_line(error)}") from error
