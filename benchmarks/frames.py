@@ -6,13 +6,12 @@
 
 Computed: FLOPs of the released 7 B decoder's prefill, from sfexport/cost.py. Measured: seconds of the decoder's prefill
 under ONNX Runtime, for a random decoder as wide as Qwen2-0.5B. Strides are such that 16 frames' worth of fast tokens
-stay, as in the paper. Every repetition goes through all settings; figures are medians, ratios of one run.
+stay, as in the paper. Every repetition goes through all settings; the best of each counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -56,7 +55,7 @@ def prompt_flops(facts: ModelFacts, at: Lengths) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Medians of a setting: slow K/V (with the fast tokens), and the decoder's prefill."""
+    """Of a setting: slow K/V (with the fast tokens), and the decoder's prefill."""
 
     compressor: float
     decoder: float
@@ -128,16 +127,13 @@ def _pieces(positions: int) -> list[int]:
 
 
 def measure(run: Callable[[Lengths], Seconds], settings: list[Lengths], repeats: int) -> dict[Lengths, Seconds]:
-    """Medians; each repetition goes through all settings, so that a slow spell of the machine meets them all."""
+    """The best of each; every repetition goes through all settings, so that a slow spell meets them all."""
     found: dict[Lengths, list[Seconds]] = {at: [] for at in settings}
     for i in range(repeats):
         for at in settings:
             found[at].append(run(at))
             print(f"{i + 1}/{repeats}: {at}: {found[at][-1]}", file=sys.stderr, flush=True)
-    return {
-        at: Seconds(*(statistics.median(getattr(s, name) for s in runs) for name in ("compressor", "decoder")))
-        for at, runs in found.items()
-    }
+    return {at: min(runs, key=lambda seconds: seconds.whole) for at, runs in found.items()}
 
 
 def computed_table(facts: ModelFacts) -> list[str]:
@@ -227,7 +223,7 @@ def page(computed: list[str], measured: list[str], remark: str, repeats: int, ab
     )
     about_measured = (
         f"A random decoder as wide as Qwen2-0.5B ({LAYERS} layers, one of them hybrid, float32), called as a session "
-        f"calls it. Medians of {repeats} interleaved repetitions. FLOPs: what the formulas say for this decoder."
+        f"calls it. The best of {repeats} interleaved repetitions. FLOPs: what the formulas say for this decoder."
     )
     blocks = [
         "# What more frames cost the language model",

@@ -218,12 +218,17 @@ def run_demo(folder: Path, clips: int) -> dict[str, Any]:
 
 def run_goldens(folder: Path) -> dict[str, Any]:
     """Logits of the test suite's recorded models, as far as one has matrices that can be rounded."""
+    from sfexport.demo.checkpoint import preprocessor_config
+
     out: dict[str, Any] = {"size": "goldens", "variants": {}}
     for golden in sorted(path.parent for path in GOLDENS.glob("*/model.safetensors")):
         checkpoint = folder / golden.name
         shutil.copytree(golden, checkpoint)
-        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(TOKENIZER / name, checkpoint / name)
+        with np.load(golden / "inputs.npz") as inputs:
+            pixels = inputs["pixel_values_0"].shape[-1]
+        (checkpoint / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(pixels)))
         for variant in ("fp32", "int4", "int4 plain"):
             bundle = folder / f"{golden.name}-{variant}"
             exported = measure(__file__, "export", checkpoint, bundle, variant)

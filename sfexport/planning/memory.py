@@ -38,7 +38,7 @@ CPU_STORAGES = (
     Storage("int4+int8", 4, 4, 8),
 )
 _PROCESS = 115_000_000  # Python, the libraries, the video's decoder
-_PACKED = {"decoder": 1.2, "head": 1.4}  # rounded matrices, rearranged for the product
+_PACKED = {"decoder": 1.2, "head": 1.2}  # rounded matrices, rearranged for the product
 _LEFT_OVER, _LEFT_OVER_SHARE = 130_000_000, 0.25  # freed while loading and not given back: at most, and of the weights
 _CONVERTED = {"BF16": 1.6, "F32": 2.7}  # bytes for a weight that becomes fp16 and then fp32, by what it is stored as
 # What an arena takes for a byte alive. It plans a shape that it meets again anew, beside what it had.
