@@ -11,38 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from measuring import HERE, main_or_child, measure, written_mb
+
 SMALL_LAYERS, SMALL_WIDTH, SMALL_VOCABULARY = 12, 1024, 32768  # the ordinary way's model: 1 GB in float32
-
-
-def measure(mode: str, *arguments: str) -> dict[str, Any]:
-    """Run this file as `mode` in a new process; its JSON line, with seconds from outside added."""
-    start = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", mode, *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 3), **json.loads(done.stdout.splitlines()[-1])}
-
-
-def own_process() -> dict[str, Any]:
-    """Peak resident memory of this process and whether torch came in. ru_maxrss is in KiB on Linux, bytes on macOS."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_rss_mb": round(peak / 1e6, 1), "torch_imported": "torch" in sys.modules}
-
-
-def written_mb(directory: Path) -> float:
-    return round(sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()) / 1e6, 3)
 
 
 def export_with_sfexport(checkpoint: str, out: str) -> dict[str, Any]:
@@ -50,7 +26,7 @@ def export_with_sfexport(checkpoint: str, out: str) -> dict[str, Any]:
     from sfexport.graphs.bundle import ExportOptions, export
 
     export(Checkpoint.open(checkpoint), Path(out), ExportOptions(weights="reference"))
-    return own_process() | {"written_mb": written_mb(Path(out))}
+    return {"written_mb": written_mb(Path(out)), "torch_imported": "torch" in sys.modules}
 
 
 def export_with_torch(out: str) -> dict[str, Any]:
@@ -73,7 +49,7 @@ def export_with_torch(out: str) -> dict[str, Any]:
     shapes = ({0: "batch", 1: "sequence"},)
     with torch.no_grad():
         torch.onnx.export(_LogitsOnly(model), (ids,), f"{out}/model.onnx", dynamo=True, dynamic_shapes=shapes)
-    return own_process() | {"written_mb": written_mb(Path(out)), "weights_mb": round(weights / 1e6, 1)}
+    return {"written_mb": written_mb(Path(out)), "weights_mb": round(weights / 1e6, 1)}
 
 
 def _LogitsOnly(model: Any) -> Any:  # noqa: N802  a module class made where torch is imported
@@ -100,12 +76,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         total = write_sparse_checkpoint(checkpoint)
-        ours = measure("sfexport", str(checkpoint), f"{folder}/bundle")
+        ours = measure(__file__, "sfexport", checkpoint, f"{folder}/bundle")
         if arguments.json:
             keys = ("seconds", "peak_rss_mb", "written_mb", "torch_imported")
             print(json.dumps({key: ours[key] for key in keys} | {"weights_mb": round(total / 1e6, 1)}))
             return
-        theirs = measure("torch", f"{folder}/torch")
+        theirs = measure(__file__, "torch", f"{folder}/torch")
     show(ours | {"weights_mb": total / 1e6}, theirs)
 
 
@@ -125,11 +101,5 @@ def show(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     print(f"{'torch imported':34}{'yes' if ours['torch_imported'] else 'no':>22}{'yes':>26}")
 
 
-CHILDREN = {"sfexport": export_with_sfexport, "torch": export_with_torch}
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        # Libraries print while they export; only the last line is read.
-        print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
-    else:
-        main()
+    main_or_child(main, {"sfexport": export_with_sfexport, "torch": export_with_torch})

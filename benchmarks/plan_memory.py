@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from measuring import HERE, main_or_child, measure
+
+sys.path.insert(0, str(HERE.parent))
 TOLERANCE = 0.15
 NEW_TOKENS = 4
 # What each of the plan's precisions is called when a checkpoint is exported.
@@ -36,26 +36,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def measured_peak(engines: Path, clip: Path, frames: int) -> int:
-    """Peak resident bytes of a process that answers one question."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(engines), str(clip), str(frames)]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-
-
-def answer(engines: str, clip: str, frames: str) -> int:
-    """In the child: answer, then this process's peak."""
+def answer(engines: str, clip: str, frames: str) -> dict[str, Any]:
+    """In a process of its own: load engines, encode, answer."""
     from sfexport.qa.pipeline import Pipeline
 
     pipeline = Pipeline.load(engines)
     options = pipeline.generation_options().override(max_new_tokens=NEW_TOKENS)
     pipeline.encode(clip, int(frames)).ask("What happens in the video?", options)
-    return own_peak()
+    return {"peak": own_peak()}
 
 
 def own_peak() -> int:
     """Peak resident bytes of this process.
 
-    From /proc where there is one: Linux's getrusage counts what the parent had when it started this process too.
+    From /proc where there is one: this benchmark's parent has exported and built before, and Linux's getrusage counts
+    what a parent had when it started a process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -89,7 +84,7 @@ def compare(
         with tempfile.TemporaryDirectory(dir=folder) as made:
             bundle = export(Checkpoint.open(checkpoint), Path(made) / "bundle", ExportOptions(**OPTIONS[precision]))
             engines = build(bundle, Path(made) / "engines", "onnxruntime")
-            measured = measured_peak(engines.path, clip, frames)
+            measured = measure(__file__, "answer", engines.path, clip, frames)["peak"]
         row = {"model": name, "frames": frames, "precision": precision, "planned": found[precision]}
         rows.append(row | {"measured": measured, "off": found[precision] / measured - 1})
     return rows
@@ -140,7 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(answer(*sys.argv[2:]))
-    else:
-        sys.exit(main())
+    main_or_child(main, {"answer": answer})

@@ -331,3 +331,14 @@ def test_torch_engines_answer_as_the_others_do(tree: Tree, tmp_path: Path, torch
     theirs = document(sfexport("ask", tree.engines, *arguments))
     assert (ours["backend"], theirs["backend"]) == ("torch", "onnxruntime")
     assert [a["ids"] for a in ours["questions"]] == [a["ids"] for a in theirs["questions"]]
+
+
+def test_build_rounds_a_checkpoint_and_refuses_a_bundle_that_is_not(tree: Tree, tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    built = sfexport("build", tree.checkpoint, "-o", out, "--quantize", "int4", "--backend", "onnxruntime")
+    assert built.exit_code == 0, built.stderr
+    assert document(sfexport("inspect", tmp_path / "engines-bundle", "--json"))["options"]["quantize"] == "int4"
+    assert sfexport("build", tmp_path / "engines-bundle", "-o", out, "--quantize", "int4").exit_code == 0
+    refused = sfexport("build", tree.bundle, "-o", tmp_path / "other", "--quantize", "int4")
+    assert refused.exit_code == 2
+    assert "not rounded" in refused.stderr and "--quantize int4" in refused.stderr

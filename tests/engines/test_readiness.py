@@ -9,13 +9,16 @@ from pathlib import Path
 
 import onnx
 import pytest
-from helpers import edit_json, refusal, sfexport, strict_json
+from helpers import document, edit_json, refusal, sfexport, strict_json
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
+from sfexport.engines import readiness
+from sfexport.engines.memory import plan_memory
+from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.kernels.store import StoredKernels
-from sfexport.manifest import BUNDLE_FILE, file_sha256
+from sfexport.manifest import BUNDLE_FILE, Bundle, file_sha256
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
 TARGETS = [
@@ -144,6 +147,35 @@ def test_the_directory_to_take_along(tmp_path):
     assert context.params["precision"] == "bf16" and context.params["kernels"] == out
     # A second check replaces it; something else in its place stays.
     assert sfexport("build", SHIPPED, "--check", "--target", "h100", "-o", out).exit_code == 0
+
+
+def test_a_quantised_build_for_a_board_that_cannot_allocate_the_head_whole(tmp_path, monkeypatch):
+    """The bundle that is checked has 4-bit weights and its head in four pieces; so will the one built there."""
+    seen = []
+    inner = readiness.check_build
+    monkeypatch.setattr(readiness, "check_build", lambda bundle, *rest: seen.append(bundle) or inner(bundle, *rest))
+    monkeypatch.setattr(readiness, "write_kit", lambda found, out: seen.append(readiness._script(found)))
+    asked = ("build", SHIPPED, "--check", "--target", "jetson-orin-nano-8", "--quantize", "int4", "--json")
+    result = sfexport(*asked, "-o", tmp_path / "kit")
+    assert result.exit_code == 0, result.stdout
+    assert document(result)["quantize"] == "int4"
+    bundle, script = seen
+    assert bundle.content["options"]["split_lm_head"] == 4
+    assert "--quantize int4" in script and "--target jetson-orin-nano-8" in script
+    line = next(check for check in document(result)["checks"] if check["subject"] == "precision")
+    assert line["found"] == "bf16 with int4" and line["verdict"] == "ok"
+
+
+def test_integer_weights_take_what_they_are_stored_in(tmp_path):
+    for name, options in (("floats", {}), ("integers", {"quantize": "int4"})):
+        export(Checkpoint.open(SHIPPED), tmp_path / name, ExportOptions(precision="fp16", **options))
+    sizes = []
+    for name in ("floats", "integers"):
+        bundle = Bundle.open(tmp_path / name)
+        memory = plan_memory(bundle, resolve_profiles(bundle, Limits(8)), mapped_weights=False)
+        sizes.append(sum(graph.weights for graph in memory.graphs))
+        assert sizes[-1] == pytest.approx(bundle.weight_bytes(2), rel=0.01)
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_bad_requests_are_refused(tmp_path):
