@@ -112,7 +112,7 @@ class Checkpoint:
         config = read_json(path / "config.json", "A checkpoint directory has a config.json beside its weights.")
         shards, tensors = [], {}
         for name in _shard_names(path):
-            shard, found = _read_shard(path / name, name)
+            shard, found = read_shard(path / name, name)
             shards.append(shard)
             if twice := sorted(tensors.keys() & found.keys()):
                 raise CheckpointError(
@@ -264,7 +264,8 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
+def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
+    """A safetensors file and the tensors in its header. Raises CheckpointError where it is missing or damaged."""
     try:
         real = path.resolve(strict=True)
         size = real.stat().st_size

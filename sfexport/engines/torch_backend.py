@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from sfexport.graphs.rounded import RoundedMatrix
 
 RUNTIME = "torch"
 INSTALL = "pip install 'sfexport[torch]'"
@@ -48,6 +52,19 @@ class TorchBackend(Backend):
     def __init__(self, checkpoint: Path) -> None:
         self.lm = load_model(checkpoint)
         self.facts = self.lm.config.facts
+
+    def use_rounded(self, matrices: Iterable[RoundedMatrix]) -> None:
+        """Compute with these in the places of the checkpoint's own."""
+        import torch
+
+        head, table = self.lm.lm_head, self.lm.model.embed_tokens
+        with torch.no_grad():
+            for matrix in matrices:
+                is_head = matrix.name in ("lm_head.weight", "model.embed_tokens.weight")
+                if is_head and head.weight is table.weight:  # tied: only the head is rounded
+                    head.weight = torch.nn.Parameter(table.weight.clone())
+                place = head.weight if is_head else self.lm.get_parameter(matrix.name)
+                place[matrix.first : matrix.first + len(matrix.weights)] = torch.from_numpy(matrix.weights)
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
         import torch

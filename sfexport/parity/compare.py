@@ -10,6 +10,8 @@ import numpy as np
 # atol and rtol by what an engine computes in. On models recorded from the reference, logits of float16 and bfloat16 are
 # off by up to 0.7 % and 7 % of the largest one, in PyTorch as in these graphs; those of a wrong graph by most of it.
 TOLERANCES = {"fp32": (1e-4, 1e-4), "fp16": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
+# At least this for rounded weights: ONNX Runtime multiplies them with inputs that it rounds to 8 bits.
+ROUNDED = (1e-3, 5e-2)
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class Tolerance:
     precision: str = "fp32"
 
     @classmethod
-    def for_precision(cls, precision: str, atol: float | None = None, rtol: float | None = None) -> Tolerance:
-        """The usual one for 'fp32', 'fp16' or 'bf16'; what is given replaces a part of it."""
+    def for_precision(
+        cls, precision: str, atol: float | None = None, rtol: float | None = None, rounded: bool = False
+    ) -> Tolerance:
+        """The usual one for 'fp32', 'fp16' or 'bf16', and for rounded weights; what is given replaces a part of it."""
         usual = TOLERANCES[precision]
+        if rounded:
+            usual, precision = tuple(map(max, usual, ROUNDED)), f"int4 {precision}"
         return cls(usual[0] if atol is None else atol, usual[1] if rtol is None else rtol, precision)
 
     def __str__(self) -> str:

@@ -19,6 +19,12 @@ def show(report: ParityReport) -> None:
         verdict = "same" if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
         console.say(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}", err=False)
     console.say(f"  tolerance: {report.tolerance}", err=False)
+    if cost := report.rounding:
+        console.say(
+            f"  PyTorch has the engines' rounded weights; with the checkpoint's own its prefill logits differ by "
+            f"{cost.max_rel:.1e}, cosine {cost.cosine:.7f}: what rounding costs",
+            err=False,
+        )
     console.say(f"parity {'passed' if report.passed else 'FAILED'}", err=False)
 
 

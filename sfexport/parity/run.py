@@ -17,6 +17,7 @@ from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyVa
 from sfexport.engines.torch_backend import TorchBackend
 from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
+from sfexport.graphs.rounded import rounded_matrices
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
@@ -40,11 +41,19 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class ParityReport:
+    """What was found. Engines with rounded weights are compared with a PyTorch model that has the same.
+
+    Attributes:
+        rounding: PyTorch's prefill logits with those against those with the checkpoint's own; says what rounding
+            costs, not whether the engines are right.
+    """
+
     backend: str
     tolerance: Tolerance
     frames: int
     comparisons: list[Comparison]
     answers: list[AnswerPair]
+    rounding: Comparison | None = None
 
     @property
     def passed(self) -> bool:
@@ -58,6 +67,7 @@ class ParityReport:
             "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
             "comparisons": [c.to_json() for c in self.comparisons],
             "answers": [asdict(a) for a in self.answers],
+            "rounding": None if self.rounding is None else self.rounding.to_json(),
         }
 
 
@@ -93,18 +103,41 @@ def run_parity(
     report("compressor")
     fast, key_values, found = _compare_compressor(engine, oracle, slow, tolerance)
     comparisons += found
+    rounding = None
+    if pipeline.bundle.quantization and engine.name != oracle.name:
+        report("rounding PyTorch's weights as the engines'")
+        rounding = _round(pipeline, oracle, fast, key_values, question, tolerance)
     report("decoder")
     comparisons += _compare_decoder(pipeline, oracle, fast, key_values, question, max_new_tokens, tolerance)
     report("answers")
     sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (oracle, slow))]
     answers = [_answers(pipeline, *sessions, question, mode, max_new_tokens) for mode in DECODE_MODES]
-    return ParityReport(engine.name, tolerance, len(rows), comparisons, answers)
+    return ParityReport(engine.name, tolerance, len(rows), comparisons, answers, rounding)
+
+
+def _round(
+    pipeline: Pipeline,
+    oracle: TorchBackend,
+    fast: np.ndarray,
+    slow: KeyValues | None,
+    question: str,
+    tolerance: Tolerance,
+) -> Comparison:
+    """Give PyTorch the engines' rounded weights; its logits after that against those before."""
+    embeds, attends = _prompt(pipeline, fast, question)
+    step = DecoderStep(embeds[None], 0, attends, None, slow)
+    exact, _ = oracle.decode(step)
+    oracle.use_rounded(rounded_matrices(pipeline.bundle))
+    return compare("decoder", "prefill logits", oracle.decode(step)[0], exact, tolerance)
 
 
 def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | None = None) -> Tolerance:
     """The tolerance for the engines' precision; what is given replaces a part of it."""
     is_oracle = pipeline.engines.content["backend"] == TorchBackend.name  # which is float32 whatever the graphs are
-    return Tolerance.for_precision("fp32" if is_oracle else pipeline.bundle.precision, atol, rtol)
+    if is_oracle:
+        return Tolerance.for_precision("fp32", atol, rtol)
+    rounded = pipeline.bundle.quantization is not None
+    return Tolerance.for_precision(pipeline.bundle.precision, atol, rtol, rounded)
 
 
 def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:

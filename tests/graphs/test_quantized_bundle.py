@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,10 @@ from sfexport.graphs import bundle as bundle_module
 from sfexport.graphs import weights_file
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.graphs.quantize import encode
+from sfexport.graphs.rounded import RoundedMatrix, rounded_matrices
 from sfexport.manifest import GRAPHS, PRECISIONS, Bundle
+from sfexport.parity import run as parity
+from sfexport.parity.run import run_parity
 from sfexport.qa.pipeline import Pipeline
 
 LINEAR = 7  # per decoder layer
@@ -242,6 +246,51 @@ def test_the_shipped_model_answers_as_well_in_int4(
     right = answers(make("shipped", quantize="int4", precision=precision), tmp_path, CLIPS)
     assert len(right) == len(float32_answers) > 500
     assert abs(np.mean(right) - np.mean(float32_answers)) < 0.02
+
+
+# --- parity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("shipped", {}),
+        ("shipped", {"split_lm_head": 3}),
+        ("shipped", {"precision": "fp16", "lm_head": "fp16"}),
+        ("tied embeddings", {}),
+        ("no slow branch", {}),
+    ],
+)
+def test_parity_is_with_the_rounded_weights(kind: str, options: dict, make: Make, tmp_path: Path) -> None:
+    bundle = make(kind, quantize="int4", **options)
+    pipeline = Pipeline.load(build(bundle, tmp_path / "engines", "onnxruntime").path)
+    report = run_parity(pipeline, None, frames=8, max_new_tokens=4)
+    assert all(c.passed for c in report.comparisons), report.comparisons
+    logits = next(c for c in report.comparisons if c.name == "prefill logits")
+    assert logits.max_rel < 0.5 * report.rounding.max_rel, "nearer to the rounded weights than these to the others"
+    assert report.to_json()["rounding"]["cosine"] < 1
+
+
+def test_parity_notices_other_rounded_weights(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make("shipped", quantize="int4")
+    pipeline = Pipeline.load(build(bundle, tmp_path / "engines", "onnxruntime").path)
+
+    def turned(bundle: Bundle) -> Iterator[RoundedMatrix]:
+        for matrix in rounded_matrices(bundle):
+            wrong = "layers.1.mlp.up_proj" in matrix.name
+            yield replace(matrix, weights=np.roll(matrix.weights, 1, axis=0)) if wrong else matrix
+
+    monkeypatch.setattr(parity, "rounded_matrices", turned)
+    assert not run_parity(pipeline, None, frames=8, max_new_tokens=2).passed
+
+
+@pytest.mark.parametrize("options", [{}, {"split_lm_head": 2}, {"lm_head": "fp16", "precision": "bf16"}])
+def test_rounded_matrices_are_what_the_file_holds(options: dict, make: Make) -> None:
+    bundle = make("shipped", quantize="int4", **options)
+    parts = list(bundle.quantization["matrices"])
+    for part, matrix in zip(parts, rounded_matrices(bundle), strict=True):
+        np.testing.assert_array_equal(matrix.weights, stored_weights(bundle, part))
+        assert part.startswith(matrix.name) and (f"[{matrix.first}:" in part or matrix.first == 0)
 
 
 # --- the head in pieces --------------------------------------------------------------------------------------

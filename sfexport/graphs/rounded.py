@@ -1,0 +1,55 @@
+"""The matrices of a quantised bundle as the numbers they stand for, so that PyTorch can compute with the same.
+
+Imports NumPy; may import sfexport.checkpoint, manifest, graphs.quantize and graphs.weights_plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sfexport.checkpoint import Tensor, read_shard
+from sfexport.graphs.quantize import decode, dequantize, unpack_int4
+from sfexport.graphs.weights_plan import FILE
+from sfexport.manifest import Bundle
+
+_ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):\d+\]")
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """Rows `first`... of a tensor, float32 [rows, in]."""
+
+    name: str
+    first: int
+    weights: np.ndarray
+
+
+def rounded_matrices(bundle: Bundle) -> Iterator[RoundedMatrix]:
+    """Every rounded matrix, or run of rows of one, read when it is its turn."""
+    _, places = read_shard(bundle.weights_directory / FILE, FILE)
+    for part in bundle.quantization["matrices"]:
+        found = _ROWS.fullmatch(part)
+        name, first = (found["name"], int(found["first"])) if found else (part, 0)
+        yield RoundedMatrix(name, first, _weights(part, places))
+
+
+def _weights(part: str, places: dict[str, Tensor]) -> np.ndarray:
+    scales = _read(places[f"{part}.scale"])
+    if f"{part}.int8" in places:
+        return dequantize(_read(places[f"{part}.int8"]), scales).T
+    codes = unpack_int4(_read(places[f"{part}.int4"]))
+    if f"{part}.zero" in places:
+        zeros = unpack_int4(_read(places[f"{part}.zero"])) & 15
+        codes = (codes & 15) - np.repeat(zeros, len(codes) // len(zeros), axis=0)
+    return dequantize(codes, scales).T
+
+
+def _read(place: Tensor) -> np.ndarray:
+    """Scales as float32, codes as they are stored."""
+    stored = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[place.dtype]
+    values = np.fromfile(place.shard, stored, place.length // np.dtype(stored).itemsize, offset=place.offset)
+    return (values if place.dtype in ("U8", "I8") else decode(values, place.dtype)).reshape(place.shape)
