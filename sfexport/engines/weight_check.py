@@ -7,13 +7,14 @@ cannot hold would only show as nonsense in answers. Building reads them all anyw
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from sfexport.errors import CheckpointError
 from sfexport.manifest import GRAPHS, Bundle
@@ -63,7 +64,7 @@ def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: N
 def _spans(bundle: Bundle) -> Iterator[_Span]:
     seen = set()
     for graph in GRAPHS:
-        for tensor in onnx.load(bundle.graph_file(graph), load_external_data=False).graph.initializer:
+        for tensor in _initializers(bundle.graph_file(graph)):
             place = {entry.key: entry.value for entry in tensor.external_data}
             key = (place.get("location"), place.get("offset"))
             if not place or tensor.data_type not in _FLOATS or key in seen:
@@ -73,6 +74,14 @@ def _spans(bundle: Bundle) -> Iterator[_Span]:
             for start in range(0, length, _CHUNK_BYTES):
                 size = min(_CHUNK_BYTES, length - start)
                 yield _Span(tensor.name, file, first + start, size, tensor.data_type)
+
+
+def _initializers(file: Path) -> Sequence[onnx.TensorProto]:
+    """Of a graph; none where it cannot be read, which the runtime says better."""
+    try:
+        return onnx.load(file, load_external_data=False).graph.initializer
+    except DecodeError:
+        return ()
 
 
 def _problem(span: _Span, half: bool) -> tuple[str, str] | None:
