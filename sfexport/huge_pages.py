@@ -1,7 +1,8 @@
 """Weights in huge pages: starting a command again with an allocator that asks for them. Imports nothing of sfexport.
 
 Decoding on a CPU streams all weights through memory for every token, and in pages of 4 KB the processor's address
-lookups hold it back: with 2 MB pages the full-size INT4 decoder was 1.3 times as fast (docs/benchmarks/full_size.md).
+lookups hold it back: with 2 MB pages the full-size INT4 decoder was 1.05 to 1.3 times as fast
+(docs/benchmarks/full_size.md).
 Most Linux systems give huge pages only to programs that ask (`madvise`), which glibc's allocator does if it is told so
 before a process starts. ONNX Runtime has no option for it.
 """

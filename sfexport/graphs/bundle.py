@@ -228,21 +228,14 @@ def _refuse_replacing_weights(checkpoint: Checkpoint, out: Path, options: Export
 
 def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
     size = sum(shard.size for shard in checkpoint.shards)
-    scattered = len({shard.path.parent for shard in checkpoint.shards}) > 1
-    if options.weights == "reference" and scattered:
+    copies = options.weights == "copy" or (options.weights == "auto" and size <= COPY_LIMIT)
+    if not copies and len({shard.path.parent for shard in checkpoint.shards}) > 1:
         raise InputError(
-            f"The shards of {checkpoint.path} are links into several directories, which one bundle cannot point to.",
+            f"The shards of {checkpoint.path} ({size / 1e9:.1f} GB) are links into several directories, which one "
+            "bundle cannot point to.",
             "Use --weights copy.",
         )
-    if options.weights == "auto":
-        if scattered and size > COPY_LIMIT:
-            raise InputError(
-                f"The shards of {checkpoint.path} ({size / 1e9:.1f} GB) are links into several directories, which one "
-                "bundle cannot point to.",
-                "Use --weights copy.",
-            )
-        return size <= COPY_LIMIT
-    return options.weights == "copy"
+    return copies
 
 
 def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str], None]) -> Checkpoint:
