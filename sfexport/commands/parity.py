@@ -37,7 +37,8 @@ def parity(
 ) -> None:
     """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
 
-    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not.
+    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not. Answers may part at a
+    token that PyTorch holds for as likely within the tolerance: a tie, shown as such.
     """
     from sfexport.parity.report import show
     from sfexport.parity.run import run_parity, tolerance_for

@@ -16,7 +16,8 @@ def show(report: ParityReport) -> None:
     header = ("", "graph", "output", "shape", "max abs", "max rel", "cosine")
     console.table(f"{report.backend} against PyTorch, {report.frames} frames", header, rows)
     for pair in report.answers:
-        verdict = "same" if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
+        verdict = "same" if pair.tie is None else f"a tie at token {pair.equal_tokens + 1} ({pair.tie:.1e} apart)"
+        verdict = verdict if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
         console.say(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}", err=False)
     console.say(f"  tolerance: {report.tolerance}", err=False)
     if cost := report.rounding:

@@ -28,7 +28,14 @@ DEFAULT_QUESTION = "What happens in the video?"
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The same question answered by both, greedily."""
+    """The same question answered by both, greedily.
+
+    Attributes:
+        tokens: of PyTorch's answer. equal_tokens: before the first that differs.
+        tie: where one differs, how much likelier PyTorch holds its own than the engine's, in logits, if that is less
+            than two logits may be off within the tolerance; what follows such a token is not comparable.
+        passed: the same tokens, or the same up to a tie.
+    """
 
     mode: str
     question: str
@@ -37,6 +44,7 @@ class AnswerPair:
     tokens: int
     equal_tokens: int
     passed: bool
+    tie: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,11 @@ def run_parity(
     report("decoder")
     comparisons += _compare_decoder(pipeline, oracle, fast, key_values, question, max_new_tokens, tolerance)
     report("answers")
-    sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (oracle, slow))]
-    answers = [_answers(pipeline, *sessions, question, mode, max_new_tokens) for mode in DECODE_MODES]
+    recorded = _Recorded(oracle)
+    sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (recorded, slow))]
+    answers = [
+        _answers(pipeline, *sessions, recorded, question, mode, max_new_tokens, tolerance) for mode in DECODE_MODES
+    ]
     return ParityReport(engine.name, tolerance, len(rows), comparisons, answers, rounding)
 
 
@@ -241,10 +252,49 @@ def _session(pipeline: Pipeline, backend: Backend, slow: np.ndarray) -> VideoSes
     return VideoSession(backend, pipeline.tokenizer, pipeline.embedding, *backend.compress(slow))
 
 
+class _Recorded:
+    """A backend that keeps the logits of its steps."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.logits: list[np.ndarray] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
+        logits, present = self._backend.decode(step)
+        self.logits.append(logits)
+        return logits, present
+
+
 def _answers(
-    pipeline: Pipeline, engine: VideoSession, oracle: VideoSession, question: str, mode: str, max_new_tokens: int
+    pipeline: Pipeline,
+    engine: VideoSession,
+    oracle: VideoSession,
+    recorded: _Recorded,
+    question: str,
+    mode: str,
+    max_new_tokens: int,
+    tolerance: Tolerance,
 ) -> AnswerPair:
     options = pipeline.generation_options().greedy().override(max_new_tokens=max_new_tokens)
-    a, b = (session.ask(question, options, mode) for session in (engine, oracle))
-    equal = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), min(len(a.ids), len(b.ids)))
-    return AnswerPair(mode, question, a.answer, b.answer, len(b.ids), equal, a.ids == b.ids)
+    theirs = engine.ask(question, options, mode)
+    recorded.logits.clear()
+    ours = oracle.ask(question, options, mode)
+    equal = next(
+        (i for i, (x, y) in enumerate(zip(theirs.ids, ours.ids, strict=False)) if x != y),
+        min(len(theirs.ids), len(ours.ids)),
+    )
+    tie = None
+    if equal < min(len(theirs.ids), len(ours.ids)):
+        tie = tie_within(recorded.logits[equal], ours.ids[equal], theirs.ids[equal], tolerance)
+    same = theirs.ids == ours.ids or tie is not None
+    return AnswerPair(mode, question, theirs.answer, ours.answer, len(ours.ids), equal, same, tie)
+
+
+def tie_within(logits: np.ndarray, chosen: int, other: int, tolerance: Tolerance) -> float | None:
+    """How much larger the chosen token's logit is than the other's, if each may be off by half of it; else None."""
+    gap = float(logits[chosen] - logits[other])
+    allowed = tolerance.atol + tolerance.rtol * float(np.abs(logits).max())
+    return gap if gap <= 2 * allowed else None
