@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sparse_checkpoint import QWEN2_7B  # noqa: E402
+from sparse_checkpoint import QWEN2_7B, bf16_header  # noqa: E402
 
 from sfexport.demo.checkpoint import (  # noqa: E402
     IMAGE_SIZE,
@@ -95,15 +95,8 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int,
 
 
 def _write_shard(file: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(bf16_header(shapes)[0])
         for name, shape in shapes.items():
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             for rows in _row_chunks(shape):

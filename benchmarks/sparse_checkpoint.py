@@ -66,13 +66,20 @@ def write_sparse_checkpoint(path: Path, config: dict[str, Any] | None = None) ->
     return total
 
 
-def _write_sparse_shard(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def bf16_header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """A safetensors file's first bytes, length included, and the bytes of the tensors that follow."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def _write_sparse_shard(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, length = bf16_header(shapes)
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.truncate(8 + len(text) + offset)
+        out.write(header)
+        out.truncate(len(header) + length)

@@ -27,6 +27,8 @@ from sfexport.images import ImageFacts
 from sfexport.towers import Tower, VitTower, read_tower
 
 SINGLE_FILE = "model.safetensors"
+# What to do about weights that are not finite.
+NO_NUMBERS = "The training diverged, or the file is damaged: get it again."
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 # Files besides the weights that a bundle takes along.

@@ -16,12 +16,12 @@ from sfexport.checkpoint import Checkpoint
 from sfexport.cost import Storage, weight_bytes
 from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.engines.build import build
-from sfexport.engines.memory import plan_memory
+from sfexport.engines.memory import plan_memory, sum_up
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.errors import CheckpointError, InputError
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.machines.targets import find_target, load_targets
-from sfexport.planning.memory import GRAPH_PARTS, sum_up
+from sfexport.planning.memory import GRAPH_PARTS
 from sfexport.planning.plan import CPU, Plan, plan
 from sfexport.planning.report import show
 

@@ -73,12 +73,16 @@ def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mappe
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
     text = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
     slow = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
-    weights = sum(g.weights for g in graphs)
-    run = weights + max(g.activations for g in graphs) + text + slow + RUNTIME_OVERHEAD
-    copies = HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES
-    host = copies * max(g.weights for g in graphs)
+    return sum_up(graphs, text, slow, mapped_weights)
+
+
+def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryPlan:
+    """Args: `text`, `slow`: bytes of K/V. `mapped_weights`: see plan_memory."""
+    weights, most = sum(g.weights for g in graphs), max(g.activations for g in graphs)
+    run = weights + most + text + slow + RUNTIME_OVERHEAD
+    host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
     device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
-    return MemoryPlan(graphs, text, slow, run, device, host)
+    return MemoryPlan(tuple(graphs), text, slow, run, device, host)
 
 
 def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:

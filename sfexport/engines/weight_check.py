@@ -16,31 +16,28 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from sfexport.checkpoint import NO_NUMBERS
 from sfexport.errors import CheckpointError
+from sfexport.graphs.quantize import NOT_FINITE
 from sfexport.manifest import GRAPHS, Bundle
 
 _CHUNK_BYTES = 8 << 20
 # Fewer bytes are read before anyone wonders.
 _WORTH_REPORTING = 1 << 30
-# How a stored type is read, and the bits that are all set in what is not a finite number.
-_FLOATS = {
-    onnx.TensorProto.FLOAT: (np.uint32, 0x7F800000),
-    onnx.TensorProto.FLOAT16: (np.uint16, 0x7C00),
-    onnx.TensorProto.BFLOAT16: (np.uint16, 0x7F80),
-}
+_FLOATS = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.BFLOAT16: "BF16"}
 # The bits, without the sign, of the first number that rounds to infinity in float16: 65520; in bfloat16 65536.
-_BEYOND_FP16 = {onnx.TensorProto.FLOAT: 0x477FF000, onnx.TensorProto.BFLOAT16: 0x4780}
+_BEYOND_FP16 = {"F32": 0x477FF000, "BF16": 0x4780}
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Some bytes of a stored tensor; `dtype` is ONNX's."""
+    """Some bytes of a stored tensor."""
 
     name: str
     file: Path
     offset: int
     length: int
-    dtype: int
+    dtype: str
 
 
 def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> None:
@@ -73,7 +70,7 @@ def _spans(bundle: Bundle) -> Iterator[_Span]:
             file, first, length = bundle.weights_directory / place["location"], *map(int, (key[1], place["length"]))
             for start in range(0, length, _CHUNK_BYTES):
                 size = min(_CHUNK_BYTES, length - start)
-                yield _Span(tensor.name, file, first + start, size, tensor.data_type)
+                yield _Span(tensor.name, file, first + start, size, _FLOATS[tensor.data_type])
 
 
 def _initializers(file: Path) -> Sequence[onnx.TensorProto]:
@@ -86,12 +83,12 @@ def _initializers(file: Path) -> Sequence[onnx.TensorProto]:
 
 def _problem(span: _Span, half: bool) -> tuple[str, str] | None:
     """(what is wrong, what to do about it), or None."""
-    dtype, exponent = _FLOATS[span.dtype]
-    values = np.fromfile(span.file, dtype, span.length // np.dtype(dtype).itemsize, offset=span.offset)
+    exponent = NOT_FINITE[span.dtype]
+    values = np.fromfile(span.file, exponent.dtype, span.length // exponent.itemsize, offset=span.offset)
     # Without the sign, numbers are in the order of their bits: infinity and NaN are largest.
-    largest = int((values & dtype(np.iinfo(dtype).max >> 1)).max(initial=0))
+    largest = (values & (np.iinfo(exponent.dtype).max >> 1)).max(initial=0)
     if largest >= exponent:
-        return "values that are not finite numbers", "The training diverged, or the file is damaged: get it again."
+        return "values that are not finite numbers", NO_NUMBERS
     if half and largest >= _BEYOND_FP16.get(span.dtype, exponent):
         return "values that float16 cannot hold", "Export with --precision bf16 or fp32."
     return None

@@ -24,6 +24,8 @@ LOWEST, HIGHEST = -8, 7
 _AT_ONCE = 1 << 19
 # How the types that safetensors names are held in NumPy, which has no bfloat16.
 ARRAYS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+# The bits that are all set in what is not a finite number.
+NOT_FINITE = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sfexport.checkpoint import Tensor, read_shard
-from sfexport.graphs.quantize import decode, dequantize, unpack_int4
+from sfexport.graphs.quantize import dequantize, unpack_int4
 from sfexport.graphs.weights_plan import FILE
 from sfexport.manifest import Bundle
 
@@ -38,18 +38,17 @@ def rounded_matrices(bundle: Bundle) -> Iterator[RoundedMatrix]:
 
 
 def _weights(part: str, places: dict[str, Tensor]) -> np.ndarray:
-    scales = _read(places[f"{part}.scale"])
+    scales = places[f"{part}.scale"].rows()
     if f"{part}.int8" in places:
-        return dequantize(_read(places[f"{part}.int8"]), scales).T
-    codes = unpack_int4(_read(places[f"{part}.int4"]))
+        return dequantize(_codes(places[f"{part}.int8"]), scales).T
+    codes = unpack_int4(_codes(places[f"{part}.int4"]))
     if f"{part}.zero" in places:
-        zeros = unpack_int4(_read(places[f"{part}.zero"])) & 15
+        zeros = unpack_int4(_codes(places[f"{part}.zero"])) & 15
         codes = (codes & 15) - np.repeat(zeros, len(codes) // len(zeros), axis=0)
     return dequantize(codes, scales).T
 
 
-def _read(place: Tensor) -> np.ndarray:
-    """Scales as float32, codes as they are stored."""
-    stored = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[place.dtype]
-    values = np.fromfile(place.shard, stored, place.length // np.dtype(stored).itemsize, offset=place.offset)
-    return (values if place.dtype in ("U8", "I8") else decode(values, place.dtype)).reshape(place.shape)
+def _codes(place: Tensor) -> np.ndarray:
+    """As they are stored, int8 or two to a byte."""
+    stored = np.int8 if place.dtype == "I8" else np.uint8
+    return np.fromfile(place.shard, stored, place.length, offset=place.offset).reshape(place.shape)

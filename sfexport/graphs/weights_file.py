@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint import DTYPE_BYTES, Tensor
+from sfexport.checkpoint import DTYPE_BYTES, NO_NUMBERS, Tensor
 from sfexport.errors import CheckpointError
 from sfexport.graphs.prequantized import CENTRE
 from sfexport.graphs.quantize import (
     ARRAYS,
+    NOT_FINITE,
     decode,
     encode,
     pack_int4,
@@ -39,9 +40,6 @@ _GROUP_BYTES = 64 << 20
 _TILE = 1 << 21
 # Fewer weights than this are rounded in a second or two.
 _WORTH_REPORTING = 100_000_000
-# The bits that are all set in what is not a finite number.
-_EXPONENTS = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
-_HINT = "The training diverged, or the file is damaged: get it again."
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def write_weights(plan: WeightsPlan, report: Callable[[str], None] = lambda line
                 sums[item] = writer.write_item(item)
             except ValueError as error:
                 problem = f"Tensor '{item.source.name}' in {item.source.shard.name} has {error}."
-                raise CheckpointError(problem, _HINT) from None
+                raise CheckpointError(problem, NO_NUMBERS) from None
             before, done = done, done + (item.weights if sums[item] is not None else 0)
             if total > _WORTH_REPORTING and 10 * done // total > 10 * before // total:
                 report(f"rounding weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} million")
@@ -154,7 +152,7 @@ class _Writer:
         if item.kind in ROUNDED:
             return self._write_rounded(item)
         place, source = self._plan.places[item.name], item.source
-        count, step, mask = math.prod(source.shape), _COPY_BYTES // DTYPE_BYTES[source.dtype], _EXPONENTS[source.dtype]
+        count, step, mask = math.prod(source.shape), _COPY_BYTES // DTYPE_BYTES[source.dtype], NOT_FINITE[source.dtype]
         for start in range(0, count, step):
             values = _read(source, start, min(step, count - start))
             if ((values.view(mask.dtype) & mask) == mask).any():

@@ -12,15 +12,7 @@ from dataclasses import replace
 from sfexport.checkpoint import Checkpoint
 from sfexport.cost import Storage, weight_bytes
 from sfexport.engines.interface import VISION_CHUNK
-from sfexport.engines.memory import (
-    DEVICE_COPIES,
-    HOST_COPIES,
-    HOST_COPIES_MAPPED,
-    RUNTIME_OVERHEAD,
-    GraphMemory,
-    MemoryPlan,
-    plan_memory,
-)
+from sfexport.engines.memory import MemoryPlan, plan_memory, sum_up
 from sfexport.engines.profiles import Profile
 from sfexport.manifest import Bundle
 
@@ -51,15 +43,6 @@ def with_weights(plan: MemoryPlan, weights: Mapping[str, int], mapped_weights: b
     """A plan of the same graphs with other weights. Args: `weights`: bytes by part."""
     graphs = tuple(replace(g, weights=_of_graph(g.name, weights)) for g in plan.graphs)
     return sum_up(graphs, plan.text_key_values, plan.slow_key_values, mapped_weights)
-
-
-def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryPlan:
-    """As engines.memory.plan_memory does."""
-    weights, most = sum(g.weights for g in graphs), max(g.activations for g in graphs)
-    run = weights + most + text + slow + RUNTIME_OVERHEAD
-    host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
-    device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
-    return MemoryPlan(tuple(graphs), text, slow, run, device, host)
 
 
 def _of_graph(name: str, weights: Mapping[str, int]) -> int:
