@@ -155,6 +155,11 @@ class Checkpoint:
         """Tensors that the reference stores and never uses (the tower's head)."""
         return sorted(name for name in self.tensors if _UNUSED.match(name))
 
+    def notes(self) -> list[str]:
+        """What the checkpoint holds and sfexport leaves out, a line each; `export` and `inspect` print them."""
+        unused = self.unused_tensors()
+        return [f"not used: {len(unused)} tensors ({unused[0]}, ...)"] if unused else []
+
     def validate(self) -> None:
         """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.
 

@@ -52,6 +52,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": _parameters(checkpoint),
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "unused_tensors": checkpoint.unused_tensors(),
+        "notes": checkpoint.notes(),
         "shards": [{"file": s.name, "size": s.size} for s in checkpoint.shards],
         "side_files": [file.name for file in checkpoint.side_files()],
     }
@@ -117,7 +118,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     if kind == "checkpoint":
         lines += [(f"parameters: {part}", f"{n:,}") for part, n in document["parameters"].items()]
         lines += [("stored as", ", ".join(f"{n} {dtype}" for dtype, n in document["dtypes"].items()) + " tensors")]
-        lines += [("never used", f"{len(document['unused_tensors'])} tensors")]
+        lines += [("note", note) for note in document["notes"]]
         lines += [("shards", _sizes(document["shards"])), ("side files", ", ".join(document["side_files"]))]
     else:
         lines += [(key, str(bundle["options"][key])) for key in ("precision", "frames")]

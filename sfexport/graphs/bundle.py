@@ -160,6 +160,8 @@ def export(
     """
     checkpoint, taken = adopt(checkpoint)
     checkpoint.validate()
+    for note in checkpoint.notes():
+        report(note)
     _check_parts(checkpoint, options)
     _refuse_replacing_weights(checkpoint, out, options)
     with new_directory(out, BUNDLE_FILE) as directory:

@@ -1,0 +1,82 @@
+"""Read a JSON object into a typed structure: one `Fields` class per file names every field that the file can have.
+
+A field is applied (an attribute of the class), known not to matter (`IRRELEVANT`), or unknown (`unknown_fields`,
+which the caller reports or refuses). Nothing is converted: "false" is not a bool and 2.5 is not a whole number.
+Imports msgspec; may import sfexport.errors only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+
+from sfexport.errors import CheckpointError, SfexportError
+
+# 2^31 - 1: what every runtime's shapes can hold.
+LARGEST = 2**31 - 1
+Count = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+PositiveNumber = Annotated[float, msgspec.Meta(gt=0)]
+SHOWN = 80  # characters of a value that a message repeats
+
+_F = TypeVar("_F", bound="Fields")
+
+
+class Fields(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the structures. A field that is null in the file takes its default, like one that is absent.
+
+    Attributes:
+        IRRELEVANT: names of fields that may stand in the file and change nothing that sfexport does.
+    """
+
+    IRRELEVANT: ClassVar[frozenset[str]] = frozenset()
+
+
+def read_fields(
+    kind: type[_F],
+    values: Mapping[str, Any],
+    file: str,
+    error: type[SfexportError] = CheckpointError,
+    hint: str = "",
+) -> _F:
+    """The fields of `kind` found in `values`, checked; others are left alone (see `unknown_fields`).
+
+    Args:
+        values: the parsed JSON object.
+        file: its name, for messages.
+        error: raised where a value has the wrong type or is out of range, is not finite, or is absent.
+    """
+    names = {field.encode_name for field in msgspec.structs.fields(kind)}
+    present = {name: value for name, value in values.items() if name in names and value is not None}
+    for name, value in present.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise error(f"{file}: '{name}' is {value!r}, which is not a finite number.", hint)
+    try:
+        return msgspec.convert(present, kind, strict=True)
+    except (msgspec.ValidationError, OverflowError, RecursionError) as problem:
+        raise error(f"{file}: {_explain(str(problem), present)}.", hint) from None
+
+
+def unknown_fields(kind: type[Fields], values: Mapping[str, Any]) -> list[str]:
+    """Names in `values` that `kind` neither applies nor knows to be irrelevant, sorted."""
+    names = {field.encode_name for field in msgspec.structs.fields(kind)}
+    return sorted(name for name in values if name not in names and name not in kind.IRRELEVANT)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr in ASCII, shortened."""
+    text = ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _explain(problem: str, values: Mapping[str, Any]) -> str:
+    """'Expected `bool`, got `str` - at `$.tie_word_embeddings`' with the field first and its value."""
+    message, _, place = problem.rstrip("`").partition(" - at `$.")
+    message = message[0].lower() + message[1:]
+    name = place.split(".")[0].split("[")[0]
+    if name in values:
+        return f"'{place}': {message} ({shown(values[name])})"
+    return message
