@@ -185,7 +185,12 @@ def test_hub_cache_is_exported_built_and_asked(weights: str, tree: Tree, tmp_pat
 def test_shards_linked_into_two_directories_must_be_copied(tree: Tree, tmp_path: Path) -> None:
     snapshot = hub_cache(tree.checkpoint, tmp_path / "hub", per_file=True)
     output = ("-o", tmp_path / "engines" / "bundle", "--weights")
-    assert_says(refusal(tmp_path, "export", snapshot, *output, "reference", after_steps=True), snapshot, "several", "--weights copy")
+    assert_says(
+        refusal(tmp_path, "export", snapshot, *output, "reference", after_steps=True),
+        snapshot,
+        "several",
+        "--weights copy",
+    )
     assert sfexport("export", snapshot, *output, "copy").exit_code == 0
     assert sfexport("build", tmp_path / "engines" / "bundle", "-o", tmp_path / "engines" / "built").exit_code == 0
 
