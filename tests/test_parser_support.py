@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -17,6 +19,7 @@ from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.parser_support import Gap, check_graph, support_for
 from sfexport.errors import InputError
 from sfexport.graphs.bundle import build_graphs
+from sfexport.graphs.quantize import encode
 from sfexport.towers import VitTower
 
 VERSIONS = ["10.3", "10.9", "10.13", "10.16", "11.4"]
@@ -33,6 +36,7 @@ VARIANTS = {
     "every layer hybrid": (TOWER, {"cross_attn_every_n_layers": 1, "cross_attn_gating_type": "whole-dynamic"}),
 }
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+CONV = {"w": (3, 2, 3, 3), "b": (3,)}  # kernel and bias
 
 
 def protos(checkpoint: Path, precision: str = "fp32") -> dict[str, onnx.ModelProto]:
@@ -276,6 +280,111 @@ def test_ranks_attributes_and_outputs_that_are_not_taken() -> None:
     assert "no such attribute" in " ".join(map(str, gaps(graph(nodes, [], [value("y", TensorProto.STRING, ())]))))
 
 
+def test_a_convolution_whose_kernel_or_bias_is_computed_must_say_its_size() -> None:
+    image, y = value("i", shape=(1, 2, 8, 8)), value("y", shape=(1, 3, 6, 6))
+    halves = tuple(helper.make_tensor(n, TensorProto.FLOAT16, s, [1.0] * math.prod(s)) for n, s in CONV.items())
+    plain = tuple(helper.make_tensor(n, FLOAT, s, [1.0] * math.prod(s)) for n, s in CONV.items())
+    casts = [helper.make_node("Cast", [n], [f"{n}.cast"], name=n, to=FLOAT) for n in CONV]
+    for inputs in (["i", "w.cast", "b.cast"], ["i", "w.cast"]):
+        bare = graph([*casts, planted("Conv", inputs)], [image], [y], halves)
+        assert_planted(bare, "'w.cast' is computed", "'kernel_shape'")
+        assert gaps(bare, "11.4") == []
+        sized = graph([*casts, planted("Conv", inputs, kernel_shape=[3, 3])], [image], [y], halves)
+        assert gaps(sized) == []
+    bias = graph([*casts[1:], planted("Conv", ["i", "w", "b.cast"])], [image], [y], (plain[0], halves[1]))
+    assert_planted(bias, "'b.cast' is computed")
+    assert gaps(graph([planted("Conv", ["i", "w", "b"])], [image], [y], plain)) == []
+
+
+@pytest.mark.parametrize("key", ["checksum", "digest"])
+def test_keys_of_external_data_that_the_parser_does_not_know(key: str) -> None:
+    tensor = TensorProto(name="w", data_type=FLOAT, dims=[2, 4], data_location=TensorProto.EXTERNAL)
+    for name, text in (("location", "w.bin"), ("offset", "0"), ("length", "32"), (key, "x")):
+        tensor.external_data.add(key=name, value=text)
+    found = gaps(graph([planted("Add", ["x", "w"])], [value("x")], [value("y")], (tensor,)))
+    assert [gap.node for gap in found] == ([] if key == "checksum" else [""])
+    assert all("'w' has the key 'digest'" in gap.problem for gap in found)
+
+
+def quantized(dtype: int, scales: list[float], scale_type: int = FLOAT) -> onnx.ModelProto:
+    """64 x 4 weights, INT8 or in one INT4 block, with a scale per column."""
+    is_int4 = dtype == TensorProto.INT4
+    weights = helper.make_tensor("w", dtype, (64, 4), bytes(128 if is_int4 else 256), raw=True)
+    scale = helper.make_tensor("s", scale_type, (1, 4) if is_int4 else (4,), scales)
+    attributes = {"axis": 0, "block_size": 64} if is_int4 else {"axis": 1}
+    nodes = [planted("DequantizeLinear", ["w", "s"], ["y"], **attributes)]
+    return graph(nodes, [], [value("y", scale_type, (64, 4))], (weights, scale), 21 if is_int4 else 19)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [TensorProto.INT4, TensorProto.INT8])
+@pytest.mark.parametrize("scale_type", [FLOAT, TensorProto.FLOAT16])
+def test_scales_that_are_not_positive_numbers(scale_type: int, dtype: int, bad: float) -> None:
+    assert gaps(quantized(dtype, [1.0, 2.0, 3.0, 4.0], scale_type)) == []
+    assert_planted(quantized(dtype, [1.0, 2.0, bad, 4.0], scale_type), "'s'", "not positive")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_scales_that_lie_in_a_file(kind: str, tmp_path: Path) -> None:
+    """Read where the weights' directory is known."""
+    number = {"F32": FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}[kind]
+    model = quantized(TensorProto.INT4, [1.0] * 4)
+    scale = model.graph.initializer[1]
+    scale.CopyFrom(TensorProto(name="s", data_type=number, dims=[1, 4], data_location=TensorProto.EXTERNAL))
+    for name, text in (("location", "weights"), ("offset", "8"), ("length", "16")):
+        scale.external_data.add(key=name, value=text)
+    model.graph.output[0].type.tensor_type.elem_type = number
+    for wrong in (False, True):
+        values = np.array([1.0, 2.0, 0.0 if wrong else 3.0, 4.0], np.float32)
+        (tmp_path / "weights").write_bytes(bytes(8) + encode(values, kind).tobytes())
+        found = check_graph(model, "graph", support_for("10.3"), weights=tmp_path)
+        assert [gap.node for gap in found] == (["planted"] if wrong else [])
+        assert gaps(model) == [], "not looked at without the directory"
+    (tmp_path / "weights").unlink()
+    assert check_graph(model, "graph", support_for("10.3"), weights=tmp_path) == []
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Add", "MatMul", "Gemm", "Concat", "Max", "Equal", "PRelu"])
+def test_two_types_in_one_operation(op_type: str) -> None:
+    """The parser adds no cast: 'must have same input types'."""
+    half = TensorProto.FLOAT16
+    for other in (FLOAT, half):
+        weights = helper.make_tensor("w", other, (4, 4), [1.0] * 16)
+        node = planted(op_type, ["x", "w"], **({"axis": 0} if op_type == "Concat" else {}))
+        out = value("y", TensorProto.BOOL if op_type == "Equal" else half, None)
+        model = graph([node], [value("x", half, (4, 4))], [out], (weights,))
+        if other == half:
+            assert gaps(model) == []
+        else:
+            assert_planted(model, "'x' and 'w'", "FP16 and FP32", "Cast")
+
+
+def test_two_types_where_onnx_allows_them() -> None:
+    half = TensorProto.FLOAT16
+    exponent, index = helper.make_tensor("e", FLOAT, (), [2.0]), helper.make_tensor("i", INT64, (1,), [1])
+    nodes = [helper.make_node("Pow", ["x", "e"], ["p"]), planted("Gather", ["p", "i"], axis=1)]
+    assert gaps(graph(nodes, [value("x", half)], [value("y", half, (2, 1))], (exponent, index))) == []
+    where = graph([planted("Where", ["c", "x", "w"])], [value("c", TensorProto.BOOL), value("x", half), value("w")], [])
+    where.graph.output.append(value("y", half))
+    assert_planted(where, "'x' and 'w'", "FP16 and FP32")
+
+
+@pytest.mark.parametrize("op_type", ["Gather", "GatherElements"])
+def test_a_negative_index_on_a_dynamic_axis(op_type: str) -> None:
+    dims = (1, 1) if op_type == "GatherElements" else (1,)
+    index = helper.make_tensor("i", INT64, dims, [-1])
+    constant = helper.make_node("Constant", [], ["i"], value=index)
+    for nodes, stored in (([], (index,)), ([constant], ())):
+        node = planted(op_type, ["x", "i"], axis=1)
+        dynamic = graph([*nodes, node], [value("x", shape=(1, "s"))], [value("y", shape=(1, 1))], stored)
+        assert_planted(dynamic, "'i' is negative", "Slice")
+        fixed = graph([*nodes, node], [value("x", shape=(1, 4))], [value("y", shape=(1, 1))], stored)
+        assert gaps(fixed) == []
+    first = helper.make_tensor("i", INT64, dims, [0])
+    node = planted(op_type, ["x", "i"], axis=-1)
+    assert gaps(graph([node], [value("x", shape=(1, "s"))], [value("y", shape=(1, 1))], (first,))) == []
+
+
 def test_a_type_in_a_subgraph() -> None:
     branch = [
         helper.make_graph([helper.make_node("Identity", ["x"], ["a"])], "then", [], [value("a")]),
@@ -332,10 +441,14 @@ def test_the_table_names_operators_inputs_and_attributes_that_onnx_has() -> None
     assert support_for("10.3").operators.keys() - schemas.keys() == {"ImageScaler", "ParametricSoftplus", "ScaledTanh"}
     for row in map(support_for, ROWS):
         for name, limits in row.limits.items():
-            assert limits.keys() <= {"constant", "rank", "inputs", "outputs", "attributes"}
+            assert limits.keys() <= {"constant", "computed", "rank", "inputs", "outputs", "attributes"}
             if schema := schemas.get(name):
-                inputs = [*limits.get("constant", []), *map(int, limits.get("rank", []))]
+                inputs = [
+                    *limits.get("constant", []),
+                    *map(int, [*limits.get("rank", []), *limits.get("computed", [])]),
+                ]
                 assert all(i < schema.max_input for i in inputs), name
+                assert set(limits.get("computed", {}).values()) <= schema.attributes.keys()
                 assert limits.get("attributes", {}).keys() <= schema.attributes.keys()
         for name, variable in row.subjects.items():
             assert variable in {p.type_str for p in (*schemas[name].inputs, *schemas[name].outputs)}

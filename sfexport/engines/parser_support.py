@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.inliner
 
+from sfexport.engines.parser_rules import (
+    QUANTIZING,
+    Node,
+    Scope,
+    constants_of,
+    dtype_name,
+    external_data_problem,
+    gather_problem,
+    limit_problems,
+    mixed_type_problem,
+    operands,
+    quantization_problems,
+)
 from sfexport.errors import InputError
 from sfexport.tables import read_table
 
 PLUGIN_ATTRIBUTES = frozenset({"plugin_namespace", "plugin_version"})
 _Key = tuple[str, str]  # a node's domain and operator
 _ONNX_DOMAINS = ("", "ai.onnx")
-_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-# onnx's names of tensor types -> the table's; any other keeps onnx's name.
-_TYPE_NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
 _HINTS = {"DOUBLE": "Cast it to float32.", "UINT8": "Cast it to another type right at the graph's input or output."}
 
 
@@ -94,7 +105,11 @@ def support_for(version: str) -> ParserSupport:
 
 
 def check_graph(
-    model: onnx.ModelProto, name: str, support: ParserSupport, plugins: frozenset[tuple[str, str]] = frozenset()
+    model: onnx.ModelProto,
+    name: str,
+    support: ParserSupport,
+    plugins: frozenset[tuple[str, str]] = frozenset(),
+    weights: Path | None = None,
 ) -> list[Gap]:
     """Everything in a model that the parser is known not to take: nodes, subgraphs and local functions.
 
@@ -104,10 +119,9 @@ def check_graph(
         plugins: (domain, op_type) of nodes that plugins compute: only their attributes are looked at, and the
             function of that name is not. Where onnx cannot tell the type of such a node's output (no function, no
             value_info), it is taken to be that of its first input.
-
-    Values that lie outside the model (a zero point that must be zero, say) are not looked at.
+        weights: directory of the model's external data, of which scales are read; None: they are not looked at.
     """
-    return _Checker(model, name, support, plugins).check()
+    return _Checker(model, name, support, plugins, weights).check()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -144,29 +158,17 @@ def _rows() -> tuple[ParserSupport, ...]:
     return tuple(rows)
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """What the nodes of one graph see: types by name, the names that are constants, and how the nodes' names begin."""
-
-    types: dict[str, onnx.TypeProto]
-    constants: set[str]
-    prefix: str = ""
-
-    def dtype(self, name: str) -> str:
-        """As the table names it, or an empty string if unknown."""
-        return _dtype(self.types.get(name))
-
-
-@dataclass(frozen=True)
-class _Node:
-    proto: onnx.NodeProto
-    label: str
-    scope: _Scope
-
-
 class _Checker:
-    def __init__(self, model: onnx.ModelProto, name: str, support: ParserSupport, plugins: frozenset[_Key]) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        name: str,
+        support: ParserSupport,
+        plugins: frozenset[_Key],
+        weights: Path | None,
+    ) -> None:
         self._model, self._name, self._support, self._plugins = model, name, support, plugins
+        self._weights = weights
         self._functions = {(f.domain, f.name): f for f in model.functions}
         self._opset = max((o.version for o in model.opset_import if o.domain in _ONNX_DOMAINS), default=0)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -179,12 +181,12 @@ class _Checker:
         self._check_edges("input", self._model.graph.input)
         self._check_edges("output", self._model.graph.output)
         try:
-            self._check_nodes(self._infer(self._model).graph, _Scope({}, set()))
+            self._check_nodes(self._infer(self._model).graph, Scope({}, weights=self._weights))
         except onnx.shape_inference.InferenceError as error:
             self._add(None, f"onnx cannot infer its types: {' '.join(str(error).split())}")
         return self._gaps
 
-    def _add(self, node: _Node | None, problem: str, hint: str = "") -> None:
+    def _add(self, node: Node | None, problem: str, hint: str = "") -> None:
         place = (node.label, node.proto.op_type) if node else ("", "")
         self._gaps.append(Gap(self._name, *place, problem, hint))
 
@@ -192,7 +194,7 @@ class _Checker:
         """The model with the types of its values, plugins' outputs included."""
         while True:
             model = onnx.shape_inference.infer_shapes(model)
-            scope = _Scope(_types(model.graph), set())
+            scope = Scope(_types(model.graph))
             plugins = [n for n in model.graph.node if _key(n) in self._plugins and n.input and scope.dtype(n.input[0])]
             new = {o: scope.types[n.input[0]] for n in plugins for o in n.output if o and not scope.dtype(o)}
             if not new:
@@ -212,23 +214,25 @@ class _Checker:
 
     def _check_edges(self, kind: str, values: Iterable[onnx.ValueInfoProto]) -> None:
         for value in values:
-            dtype = _dtype(value.type)
+            dtype = dtype_name(value.type)
             if value.name not in self._initializers and dtype not in self._support.io:
                 problem = self._wrong_type(f"{kind} {value.name!r}", dtype, self._support.io)
                 self._add(None, problem, _HINTS.get(dtype, ""))
 
-    def _check_nodes(self, graph: onnx.GraphProto, outside: _Scope) -> None:
-        constants = {o for node in graph.node if node.op_type == "Constant" for o in node.output}
-        constants |= {tensor.name for tensor in graph.initializer}
-        scope = _Scope(outside.types | _types(graph), outside.constants | constants, outside.prefix)
+    def _check_nodes(self, graph: onnx.GraphProto, outside: Scope) -> None:
+        for tensor in graph.initializer:
+            if problem := external_data_problem(tensor, self._parser):
+                self._add(None, problem)
+        types, constants = {**outside.types, **_types(graph)}, {**outside.constants, **constants_of(graph)}
+        scope = replace(outside, types=types, constants=constants)
         for node in graph.node:
             name = node.name or f"{node.op_type} -> {', '.join(node.output)}"
-            self._check_node(_Node(node, f"{scope.prefix}{name}", scope))
+            self._check_node(Node(node, f"{scope.prefix}{name}", scope))
             for attribute in node.attribute:
                 for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
                     self._check_nodes(inner, scope)
 
-    def _check_node(self, node: _Node) -> None:
+    def _check_node(self, node: Node) -> None:
         if _key(node.proto) in self._plugins:
             self._check_plugin(node)
         elif _key(node.proto) in self._functions:
@@ -241,16 +245,14 @@ class _Checker:
             self._add(node, f"{node.proto.op_type} is nothing that {self._parser} knows.", hint)
         else:
             self._check_types(node)
-            self._check_limits(node)
-            if node.proto.op_type in _QUANTIZING:
-                self._check_quantization(node)
+            self._check_rules(node)
 
-    def _check_plugin(self, node: _Node) -> None:
+    def _check_plugin(self, node: Node) -> None:
         present = {a.name for a in node.proto.attribute if a.type == onnx.AttributeProto.STRING}
         for name in sorted(PLUGIN_ATTRIBUTES - present):
             self._add(node, f"A plugin computes it, and it has no string attribute {name!r}.")
 
-    def _check_call(self, node: _Node) -> None:
+    def _check_call(self, node: Node) -> None:
         """A local function's nodes, as they are in this call: with its types and attributes, functions inside too."""
         names, formals = node.proto.input, self._functions[_key(node.proto)].input
         if len(names) != len(formals):
@@ -267,9 +269,10 @@ class _Checker:
         if any(_key(inner) == _key(node.proto) for inner in body.node):
             self._add(node, "onnx cannot inline its function, so that nothing in it was checked.")
             return
-        self._check_nodes(body, _Scope({}, node.scope.constants & set(names), f"{node.label}: "))
+        constants = {name: node.scope.constants[name] for name in names if name in node.scope.constants}
+        self._check_nodes(body, replace(node.scope, types={}, constants=constants, prefix=f"{node.label}: "))
 
-    def _inline(self, node: _Node) -> onnx.ModelProto:
+    def _inline(self, node: Node) -> onnx.ModelProto:
         """A model of the call alone, the functions inside it inlined except plugins'."""
         inputs = [onnx.helper.make_value_info(i, node.scope.types[i]) for i in dict.fromkeys(node.proto.input) if i]
         outputs = [onnx.ValueInfoProto(name=name) for name in node.proto.output if name]
@@ -281,15 +284,15 @@ class _Checker:
         )
         return onnx.inliner.inline_selected_functions(call, sorted(self._plugins), exclude=True)
 
-    def _check_types(self, node: _Node) -> None:
+    def _check_types(self, node: Node) -> None:
         """Reports the first input or output of a wrong type only: the others follow from it."""
         allowed = self._support.operators[node.proto.op_type]
         others = self._support.tensors | allowed
-        if node.proto.op_type in _QUANTIZING:
+        if node.proto.op_type in QUANTIZING:
             others |= self._support.quantized
-        operands = list(_operands(node.proto, self._opset))
-        subject = self._support.subjects.get(node.proto.op_type, operands[0][2])
-        for kind, name, variable in operands:
+        values = list(operands(node.proto, self._opset))
+        subject = self._support.subjects.get(node.proto.op_type, values[0][2])
+        for kind, name, variable in values:
             dtype, takes = node.scope.dtype(name), allowed if variable == subject else others
             if dtype == "UINT8" and name not in self._edges:
                 takes = takes - {dtype}
@@ -297,47 +300,22 @@ class _Checker:
                 self._add(node, self._wrong_type(f"{kind} {name!r}", dtype, takes), _HINTS.get(dtype, ""))
                 return
 
+    def _check_rules(self, node: Node) -> None:
+        op_type, support = node.proto.op_type, self._support
+        problems = list(limit_problems(node, support.limits.get(op_type, {}), self._parser))
+        if op_type in QUANTIZING:
+            problems += quantization_problems(node, self._parser, support.int4_blocks)
+        for problem in problems:
+            self._add(node, problem)
+        if problem := mixed_type_problem(node, self._opset):
+            self._add(node, problem, "Cast one of them.")
+        if problem := gather_problem(node):
+            self._add(node, problem, "Use Slice and Squeeze.")
+
     def _wrong_type(self, operand: str, dtype: str, takes: frozenset[str]) -> str:
         if not dtype:
             return f"The type of its {operand} cannot be inferred."
         return f"Its {operand} is {dtype}; {self._parser} takes {', '.join(sorted(takes))} there."
-
-    def _check_limits(self, node: _Node) -> None:
-        limits, inputs = self._support.limits.get(node.proto.op_type, {}), node.proto.input
-        for i in limits.get("constant", ()):
-            if any(inputs[i : i + 1]) and inputs[i] not in node.scope.constants:
-                self._add(node, f"Its input {inputs[i]!r} is computed; {self._parser} wants a constant.")
-        for i, (least, most) in limits.get("rank", {}).items():
-            value = node.scope.types.get(inputs[int(i)], onnx.TypeProto()).tensor_type
-            if value.HasField("shape") and not least <= len(value.shape.dim) <= most:
-                wants = least if least == most else f"{least} to {most}"
-                problem = f"Its input {inputs[int(i)]!r} has rank {len(value.shape.dim)}; {self._parser} wants {wants}."
-                self._add(node, problem)
-        for kind, names in (("inputs", inputs), ("outputs", node.proto.output)):
-            if any(names[limits.get(kind, len(names)) :]):
-                self._add(node, f"It has more {kind} than {self._parser} takes: {limits[kind]}.")
-        for attribute in node.proto.attribute:
-            takes = limits.get("attributes", {}).get(attribute.name)
-            if takes is not None and any(value not in takes for value in _attribute_values(attribute)):
-                values = f"only {', '.join(map(str, takes))}" if takes else "no such attribute"
-                self._add(node, f"Its attribute {attribute.name!r} has another value: {self._parser} takes {values}.")
-
-    def _check_quantization(self, node: _Node) -> None:
-        """Symmetric; INT4 in blocks that TensorRT has kernels for, with an even last dimension."""
-        zero = self._initializers.get(next(iter(node.proto.input[2:3]), ""))
-        if zero is not None and (any(zero.raw_data) or any(zero.int32_data)):
-            self._add(node, f"Its zero point {zero.name!r} is not zero; {self._parser} takes no other.")
-        name = node.proto.input[0] if node.proto.op_type == "DequantizeLinear" else node.proto.output[0]
-        if node.scope.dtype(name) != "INT4":
-            return
-        block = next((a.i for a in node.proto.attribute if a.name == "block_size"), 0)
-        if block not in self._support.int4_blocks:
-            has = f"in blocks of {block}" if block else "without blocks"
-            blocks = " or ".join(map(str, self._support.int4_blocks))
-            self._add(node, f"It is INT4 {has}; TensorRT has kernels for blocks of {blocks}.")
-        dims = node.scope.types[name].tensor_type.shape.dim
-        if dims and dims[-1].dim_value % 2:
-            self._add(node, f"The last dimension of {name!r} is odd, which INT4 cannot have.")
 
 
 def _key(node: onnx.NodeProto) -> _Key:
@@ -350,37 +328,3 @@ def _types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
     known = {value.name: value.type for value in values if value.type.WhichOneof("value")}
     make = onnx.helper.make_tensor_type_proto
     return known | {tensor.name: make(tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
-
-
-def _dtype(value: onnx.TypeProto | None) -> str:
-    kind = value.WhichOneof("value") if value is not None else None
-    if kind != "tensor_type":
-        return (kind or "").upper()
-    element = value.tensor_type.elem_type
-    name = onnx.TensorProto.DataType.Name(element) if element else ""
-    return _TYPE_NAMES.get(name, name)
-
-
-@functools.cache
-def _schema(op_type: str, opset: int) -> Any:
-    """The operator's definition, or None for one that only older ONNX has."""
-    try:
-        return onnx.defs.get_schema(op_type, opset)
-    except onnx.defs.SchemaError:
-        return None
-
-
-def _operands(node: onnx.NodeProto, opset: int) -> Iterator[tuple[str, str, str]]:
-    """'input' or 'output', the value's name, and its type variable in the operator's definition."""
-    schema = _schema(node.op_type, opset)
-    for kind, names in (("input", node.input), ("output", node.output)):
-        parameters = getattr(schema, f"{kind}s") if schema else ()
-        for i, name in enumerate(names):
-            # The last parameter of a variadic operator stands for all that follow.
-            if name:
-                yield kind, name, parameters[min(i, len(parameters) - 1)].type_str if parameters else ""
-
-
-def _attribute_values(attribute: onnx.AttributeProto) -> list[Any]:
-    value = onnx.helper.get_attribute_value(attribute)
-    return [v.decode() if isinstance(v, bytes) else v for v in (value if isinstance(value, list) else [value])]

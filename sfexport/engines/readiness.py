@@ -114,7 +114,7 @@ def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin
         model = onnx.load(bundle.graph_file(name), load_external_data=False)
         if plugin:
             model = with_plugin_nodes(model, plugin_settings(bundle, target.sm, target.multiprocessors))
-        gaps = check_graph(model, name, support, PLUGIN_OPS)
+        gaps = check_graph(model, name, support, PLUGIN_OPS, bundle.weights_directory)
         checked = f"nodes, types and opset against TensorRT {target.tensorrt}"
         opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
         if not gaps:

@@ -159,11 +159,16 @@ def _address_of(memory: mmap.mmap) -> int:
 
 
 def _parser_problem(parser: Any, graph: Path, logger: Any) -> str:
-    """The parser's first error, with the node it stands at."""
+    """The parser's first error as one paragraph, with its node; of an error without a node, the log's reason too."""
     if parser.num_errors == 0:
         return f"TensorRT cannot read {graph}: {_last(logger.errors)}"
     error = parser.get_error(0)
-    return f"TensorRT cannot read {graph} at node {error.node_name()} ({error.node_operator()}): {error.desc()}"
+    problem, place, reason = error.desc(), "", ""
+    if error.node() >= 0:
+        place = f" at node {error.node_name() or f'number {error.node()}'} ({error.node_operator()})"
+    else:
+        reason = next((line for line in logger.errors if problem not in line), "")
+    return " ".join(f"TensorRT cannot read {graph}{place}: {problem} {reason}".split())
 
 
 def _last(errors: list[str]) -> str:

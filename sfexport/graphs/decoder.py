@@ -45,6 +45,8 @@ from sfexport.graphs.names import (
 from sfexport.graphs.ops import INT4_OPSET, OPSET, GraphWriter
 from sfexport.graphs.weights import Weights, even_parts, head_name
 
+_END = np.iinfo(np.int64).max  # of a Slice: as far as the axis goes
+
 
 @dataclass
 class _Shared:
@@ -256,8 +258,9 @@ def _write_head(g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value,
     """Logits of the last position. In pieces, where one matrix of the whole vocabulary is too large to allocate."""
     text = facts.text
     shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
-    last = g.op("Gather", g.op("Reshape", x, shape), g.constant(np.array(-1, dtype=np.int64)), axis=1)
-    normed = g.rms_norm(last, "model.norm", text.rms_norm_eps)
+    # A slice, because TensorRT does not define a Gather with a negative index.
+    last = g.op("Slice", g.op("Reshape", x, shape), g.ints(-1), g.ints(_END), g.ints(1))
+    normed = g.rms_norm(g.op("Squeeze", last, g.ints(1)), "model.norm", text.rms_norm_eps)
     name = head_name(facts.text)
     if parts == 1:
         logits = g.linear(normed, name, bias=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from gpu import ORIN, VERSIONS, PlayedGpu, played_gpu
-from helpers import sfexport
+from helpers import promise_again, sfexport
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
@@ -189,6 +189,20 @@ def test_a_failed_build_says_tensorrts_reason(bundle, tmp_path, monkeypatch):
     ):
         run(played, bundle, tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
+
+
+def test_a_node_without_a_name_is_told_by_its_number(tmp_path, monkeypatch):
+    path = export(Checkpoint.open(SHIPPED), tmp_path / "bundle", ExportOptions(precision="fp16")).path
+    model = onnx.load(path / "vision_encoder.onnx", load_external_data=False)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, path / "vision_encoder.onnx")
+    promise_again(path / "sfexport.json", "vision_encoder.onnx")
+    with (
+        played_gpu(monkeypatch, "10.3", tmp_path / "cache", operators={"Conv"}),
+        pytest.raises(SfexportError, match=r"cannot read .* at node number \d+ \(\w+\)"),
+    ):
+        build(Bundle.open(path), tmp_path / "engines", "tensorrt")
 
 
 def test_an_operator_the_parser_lacks_is_named_with_its_node(bundle, tmp_path, monkeypatch):

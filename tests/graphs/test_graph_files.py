@@ -152,6 +152,23 @@ def test_all_lengths_are_dynamic(sizes: tuple[int, ...], decoder: Decoder) -> No
     assert np.isfinite(logits).all()
 
 
+def test_the_slice_of_the_last_position_is_what_a_gather_gave(bundle: Bundle, decoder: Decoder) -> None:
+    """Gather(axis=1, index=-1), which ONNX defines and TensorRT does not."""
+    model = onnx.load(bundle.graph_file("decoder"))
+    nodes = {node.output[0]: node for node in model.graph.node}
+    (squeeze,) = [n for n in nodes.values() if n.op_type == "Squeeze" and nodes[n.input[0]].op_type == "Slice"]
+    cut = nodes[squeeze.input[0]]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(-1), "last"))
+    gather = onnx.helper.make_node("Gather", [cut.input[0], "last"], list(squeeze.output), axis=1)
+    model.graph.node.insert(list(model.graph.node).index(cut), gather)
+    model.graph.node.remove(cut)
+    model.graph.node.remove(squeeze)
+    gathered = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for sizes in ((2, 3, 5, 7), (1, 6, 0, 9), (3, 1, 11, 20)):
+        feeds = decoder.feeds(*sizes)
+        np.testing.assert_array_equal(decoder(feeds), gathered.run(["logits"], feeds)[0])
+
+
 def test_rows_of_a_batch_do_not_touch_each_other(decoder: Decoder) -> None:
     feeds = decoder.feeds(3, 4, 5, 7)
     feeds["slow_lengths"] = np.array([7, 3, 0])
