@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from sfexport import __version__
+from sfexport import __version__, console
 from sfexport.commands.ask import ask
 from sfexport.commands.build import build
 from sfexport.commands.demo import demo
@@ -24,6 +24,9 @@ from sfexport.commands.inspect import inspect
 from sfexport.commands.parity import parity
 from sfexport.commands.plan import plan
 from sfexport.errors import SfexportError
+from sfexport.printable import one_paragraph
+
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class _Commands(click.Group):
@@ -33,20 +36,27 @@ class _Commands(click.Group):
         try:
             with _cleaning_up_when_terminated():
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.ClickException as error:
+            error.message = one_paragraph(error.message)
+            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if os.environ.get("SFEXPORT_DEBUG") == "1":
                 raise
             expected = isinstance(error, SfexportError)
             message = error.paragraph() if expected else _unexpected(error)
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            console.error(message)
             ctx.exit(error.exit_code if expected else 1)
 
 
 @contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
-    """SIGTERM, as service managers and containers send it, ends a verb as Ctrl-C does: nothing half-written stays."""
+    """End a verb by SIGTERM or SIGHUP as by Ctrl-C, so that nothing half-written stays.
+
+    Service managers and containers send the one, a terminal that is closed the other. A signal that was ignored when
+    the process started, as under nohup, stays ignored.
+    """
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -54,11 +64,16 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:  # None: another program's code set it, which cannot be given back from here
+                signal.signal(number, handler)
 
 
 def _unexpected(error: Exception) -> str:

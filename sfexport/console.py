@@ -1,6 +1,7 @@
-"""What the user sees while waiting: rich on a terminal, plain lines elsewhere, always on stderr.
+"""All that the commands print: results on stdout, progress and errors on stderr.
 
-stdout belongs to results. rich is imported only when something is shown.
+On a terminal with rich, elsewhere in plain lines. Nothing reaches a terminal with its control characters (see
+sfexport.printable). rich is imported only when something is shown.
 """
 
 from __future__ import annotations
@@ -8,16 +9,40 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from sfexport.printable import json_text, one_paragraph, printable, shortened
 
 
-def say(line: str = "", err: bool = True) -> None:
-    """A plain line; on stderr unless it is a result."""
-    print(line, file=sys.stderr if err else sys.stdout, flush=True)
+def say(line: str = "", err: bool = True, end: str = "\n") -> None:
+    """Print a line; on stderr unless it is a result."""
+    _write(sys.stderr if err else sys.stdout, printable(line) + end)
+
+
+def document(value: Any) -> None:
+    """Print a result as one JSON document on stdout, ASCII whatever it holds."""
+    _write(sys.stdout, json_text(value) + "\n")
+
+
+def error(message: str) -> None:
+    """Print what is wrong as one paragraph on stderr."""
+    _write(sys.stderr, f"Error: {one_paragraph(message)}\n")
+
+
+def raw(text: str) -> None:
+    """Print a piece of an answer on stdout: escaped on a terminal, as it is where it goes to a file or a program."""
+    _write(sys.stdout, printable(text) if sys.stdout.isatty() else text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    # What the stream's encoding lacks is escaped, not an error.
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
 
 
 def step(line: str) -> None:
-    """One step of a longer command."""
+    """Print one step of a longer command."""
+    line = shortened(line)
     if sys.stderr.isatty():
         _rich().print(f"[dim]·[/dim] {_escape(line)}", highlight=False)
     else:
@@ -88,7 +113,8 @@ def _plain_phases() -> Callable[[str, int, int], None]:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout: rich on a terminal, aligned columns elsewhere."""
-    cells = [[str(c) for c in row] for row in rows]
+    title = printable(title)
+    cells = [[shortened(printable(str(c))) for c in row] for row in rows]
     if not sys.stdout.isatty():
         _plain_table(title, header, cells)
         return
@@ -113,15 +139,10 @@ def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
         say("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip(), err=False)
 
 
-def printable(text: str) -> str:
-    """Text without control characters, which an untrained model's answers contain and a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def _rich() -> Any:

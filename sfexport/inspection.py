@@ -12,6 +12,7 @@ from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.facts import TOWER_PREFIX
 from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle, Engines, resolve_engines
+from sfexport.printable import size_text
 
 PARTS = (
     ("vision tower", TOWER_PREFIX),
@@ -161,8 +162,7 @@ def _model_rows(model: dict[str, Any], image: dict[str, Any]) -> list[tuple[str,
 
 def _sizes(shards: list[dict[str, Any]]) -> str:
     total = sum(shard["size"] for shard in shards)
-    unit, value = ("GB", total / 1e9) if total >= 1e9 else ("MB", total / 1e6)
-    return f"{len(shards)} file{'s' if len(shards) > 1 else ''}, {value:.1f} {unit}"
+    return f"{len(shards)} file{'s' if len(shards) > 1 else ''}, {size_text(total)}"
 
 
 def graph_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:

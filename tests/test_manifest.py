@@ -97,9 +97,9 @@ def test_rounded_weights_are_counted_as_they_are_stored(tree_copy: Tree, monkeyp
     assert sfexport("build", quantised, "-o", tree_copy.root / "new").exit_code == 0
     refused = sfexport("build", quantised, "-o", tree_copy.root / "torch", "--backend", "torch")
     assert refused.exit_code == 1
-    assert_says(refused.stderr, "GB in float32", "--force")
+    assert_says(refused.stderr, "B in float32", "--force")
     monkeypatch.setattr(memory, "physical_memory", lambda: floats // 10)
-    assert_says(sfexport("build", quantised, "-o", tree_copy.root / "small").stderr, "GB in memory", "--force")
+    assert_says(sfexport("build", quantised, "-o", tree_copy.root / "small").stderr, "B in memory", "--force")
 
 
 def cut(file: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,16 +63,12 @@ def ask(
     answers = []
     for question in questions:
         if not as_json:
-            click.echo(f"Q: {question}\nA: ", nl=False)
-        answers.append(session.ask(question, options, mode, None if as_json else _stream))
+            console.say(f"Q: {question}\nA: ", err=False, end="")
+        answers.append(session.ask(question, options, mode, None if as_json else console.raw))
         if not as_json:
-            click.echo()
+            console.say(err=False)
     if as_json:
         head = {"video": str(video), "engines": str(engines), "backend": pipeline.backend.name}
         head |= {"mode": mode or pipeline.bundle.facts.slow_fast.decode_mode, "frames": session.frames}
         head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
-        click.echo(json.dumps(head | {"questions": [asdict(answer) for answer in answers]}))
-
-
-def _stream(text: str) -> None:
-    click.echo(console.printable(text) if sys.stdout.isatty() else text, nl=False)
+        console.document(head | {"questions": [asdict(answer) for answer in answers]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def build(
     with console.build_progress() as on_progress:
         engines = build(bundle, output, backend, console.step, force, options, on_progress)
     if as_json:
-        click.echo(json.dumps(inspect(engines.path)))
+        console.document(inspect(engines.path))
         return
     console.say(f"engines written to {output}", err=False)
     console.say(f"next: sfexport ask {output} VIDEO -q 'What happens in the video?'", err=False)
@@ -144,7 +143,7 @@ def _check_build(source: Path, output: Path | None, wanted: Any, options: Any, a
     if output is not None:
         write_kit(readiness, output)
     if as_json:
-        click.echo(json.dumps(readiness.to_json()))
+        console.document(readiness.to_json())
         return readiness.passed
     target = readiness.target
     system = f"JetPack {target.jetpack}, " if target.jetpack else ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from sfexport import console
 from sfexport.commands.common import json_option, with_examples
 
 
@@ -25,7 +24,7 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
 
     report = examine(look(), find_target(target) if target else None)
     if as_json:
-        click.echo(json.dumps(report.to_json()))
+        console.document(report.to_json())
     else:
         show(report)
     ctx.exit(report.exit_code)

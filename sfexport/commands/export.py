@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any)
     output = output or Path(f"{directory_name(checkpoint)}-bundle")
     bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)
     if as_json:
-        click.echo(json.dumps(inspect(bundle.path)))
+        console.document(inspect(bundle.path))
         return
     how = bundle.content["options"]["weights"]
     where = "copied into it" if how == "copy" else f"left in {bundle.weights_directory}"

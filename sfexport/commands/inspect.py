@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -21,7 +20,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
     document = inspect(path)
     if as_json:
-        click.echo(json.dumps(document))
+        console.document(document)
         return
     console.table(document["kind"], ("", ""), rows(document))
     if lines := graph_rows(document):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -48,7 +47,7 @@ def parity(
     tolerance = tolerance_for(pipeline, atol, rtol)
     report = run_parity(pipeline, video, question, frames, max_new_tokens, tolerance, console.step)
     if as_json:
-        click.echo(json.dumps(report.to_json()))
+        console.document(report.to_json())
     else:
         show(report)
     if not report.passed:

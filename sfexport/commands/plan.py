@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
 
 
@@ -26,6 +26,6 @@ def plan(checkpoint: Path, target: str | None, jetpack: str | None, frames: int 
 
     found = plan(checkpoint, target, frames, jetpack)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        console.document(found.to_json())
     else:
         show(found)

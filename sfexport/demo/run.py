@@ -103,7 +103,7 @@ def _ask(paths: DemoPaths) -> None:
         answer = session.ask(question.text, pipeline.generation_options())
         verdict = "right" if answer.answer == question.answer else "WRONG"
         console.say(f"Q: {question.text}", err=False)
-        console.say(f"A: {console.printable(answer.answer)}   (truth: {question.answer}; {verdict})", err=False)
+        console.say(f"A: {answer.answer}   (truth: {question.answer}; {verdict})", err=False)
         console.say(
             f"   {answer.frames_encoded} frames encoded, {answer.prefill_tokens} tokens prefilled, "
             f"{answer.new_tokens} generated, {sum(answer.seconds.values()):.2f} s",

@@ -28,6 +28,7 @@ from sfexport.kernels.store import StoredKernels, save_kernels
 from sfexport.machines.machine import Gpu, Machine, look
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.manifest import GRAPHS, Bundle
+from sfexport.printable import sizes_text
 
 Report = Callable[[str], None]
 FIRST_MAPPED = (10, 13)  # TensorRT versions from here on read weights where they lie
@@ -132,8 +133,9 @@ def check_build_memory(
     plan = plan_memory(bundle, profiles, short_version(tensorrt_version) >= FIRST_MAPPED)
     for what, needs, has in memory_needs(plan, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
         if has is not None and needs > has:
+            takes, there = sizes_text(1e9 * needs, 1e9 * has)
             raise SfexportError(
-                f"{what} takes about {needs:.1f} GB (estimated) and there are {has:.1f} GB.",
+                f"{what} takes about {takes} (estimated) and there are {there}.",
                 "Export with --precision fp16, use fewer --frames, or --force if you know better (swap, for instance).",
             )
 

@@ -18,6 +18,7 @@ from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
 from sfexport.graphs.names import MASK
 from sfexport.manifest import PRECISIONS, Bundle
+from sfexport.printable import sizes_text
 
 # The CUDA context, TensorRT's own code and its kernels.
 RUNTIME_OVERHEAD = 600 << 20
@@ -164,9 +165,8 @@ def check_weights_fit(bundle: Bundle, backend: str) -> None:
     if backend == "onnxruntime" and not bundle.quantization:
         hint = "Export with --quantize int4, which takes a fraction of it; or use a machine with more, or --force."
     how = "in float32" if needed == whole else "in memory"
-    raise SfexportError(
-        f"The weights take {needed / 1e9:.1f} GB {how}; this machine has {available / 1e9:.1f} GB of memory.", hint
-    )
+    needs, has = sizes_text(needed, available)
+    raise SfexportError(f"The weights take {needs} {how}; this machine has {has} of memory.", hint)
 
 
 def physical_memory() -> int | None:

@@ -33,7 +33,8 @@ def _library() -> Any:
         import onnxruntime
     except ImportError:
         raise MissingDependency("onnxruntime", "The onnxruntime backend", "pip install onnxruntime") from None
-    onnxruntime.set_default_logger_severity(3)
+    # Fatal only: what it raises is said in our own paragraph, not twice.
+    onnxruntime.set_default_logger_severity(4)
     return onnxruntime
 
 

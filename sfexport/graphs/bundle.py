@@ -39,6 +39,7 @@ from sfexport.manifest import (
     place,
     write_manifest,
 )
+from sfexport.printable import size_text, sizes_text
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPE_NAMES = {
@@ -160,11 +161,11 @@ def export(
     """
     checkpoint, taken = adopt(checkpoint)
     checkpoint.validate()
-    for note in checkpoint.notes():
-        report(note)
     _check_parts(checkpoint, options)
     _refuse_replacing_weights(checkpoint, out, options)
     with new_directory(out, BUNDLE_FILE) as directory:
+        for note in checkpoint.notes():
+            report(note)
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
         source = _source(checkpoint, taken, directory, options, report)
@@ -209,7 +210,7 @@ def _quantize_weights(
     scale_type, rounds = SCALE_TYPES[options.precision], options.quantize is not None
     plan = plan_weights(checkpoint, directory, scale_type, head, options.split_lm_head, taken, rounds)
     _check_disk(directory, plan.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
-    report(f"writing {plan.shard().name} ({plan.size / 1e6:,.1f} MB)")
+    report(f"writing {plan.shard().name} ({size_text(plan.size)})")
     method = next((matrix.method for matrix in taken.values()), options.quantize)
     about = {"method": method, "lm_head": head, **write_weights(plan, report)}
     report(summary(about))
@@ -233,7 +234,7 @@ def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
     copies = options.weights == "copy" or (options.weights == "auto" and size <= COPY_LIMIT)
     if not copies and len({shard.path.parent for shard in checkpoint.shards}) > 1:
         raise InputError(
-            f"The shards of {checkpoint.path} ({size / 1e9:.1f} GB) are links into several directories, which one "
+            f"The shards of {checkpoint.path} ({size_text(size)}) are links into several directories, which one "
             "bundle cannot point to.",
             "Use --weights copy.",
         )
@@ -244,7 +245,7 @@ def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str
     size = sum(shard.size for shard in checkpoint.shards)
     _check_disk(directory, size, "Copying the weights takes", "Free some space, or use --weights reference.")
     for shard in checkpoint.shards:
-        report(f"copying {shard.name} ({shard.size / 1e6:.1f} MB)")
+        report(f"copying {shard.name} ({size_text(shard.size)})")
         shutil.copyfile(shard.path, directory / shard.name)
     if (checkpoint.path / INDEX_FILE).is_file():
         shutil.copyfile(checkpoint.path / INDEX_FILE, directory / INDEX_FILE)
@@ -254,7 +255,8 @@ def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str
 def _check_disk(directory: Path, size: int, what: str, hint: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
-        raise InputError(f"{what} {size / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free.", hint)
+        needs, has = sizes_text(size, free)
+        raise InputError(f"{what} {needs} and {directory.parent} has {has} free.", hint)
 
 
 def _check_graph(file: Path, checked_by_path: bool) -> None:

@@ -219,7 +219,7 @@ def test_what_is_missing_or_wrong_is_said_before_the_build(bundle, tmp_path, mon
             run(played, bundle, tmp_path / "engines", target=find_target("h100"))
         small = replace(played.machine, memory_gb=0.5)
         monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: small)
-        with pytest.raises(SfexportError, match=r"takes about .* GB \(estimated\) and there are 0\.5 GB"):
+        with pytest.raises(SfexportError, match=r"takes about .* GB \(estimated\) and there are 500\.0 MB"):
             run(played, bundle, tmp_path / "engines")
         assert run(played, bundle, tmp_path / "forced", force=True)[0]["gpu"]["name"] == ORIN.name
         bare = replace(played.machine, cuda=replace(played.machine.cuda, gpus=()))

@@ -389,7 +389,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     monkeypatch.setattr(bundle_module, "write_weights", lambda *args: pytest.fail("it began to write"))
     with pytest.raises(InputError) as caught:
         export(Checkpoint.open(tree.checkpoint), tmp_path / "bundle", ExportOptions(quantize="int4"))
-    assert_says(caught.value.paragraph(), "GB free", tmp_path)
+    assert_says(caught.value.paragraph(), "has 1.0 kB free", tmp_path)
     assert snapshot(tmp_path) == {}
 
 
