@@ -7,88 +7,62 @@ pickled weights are refused.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfexport.config_fields import ConfigFields
 from sfexport.errors import CheckpointError
 from sfexport.facts import TOWER_PREFIX, ModelFacts
-from sfexport.images import ImageFacts
+from sfexport.fields import shown, unknown_fields
+from sfexport.images import ImageFacts, image_notes
+from sfexport.shards import DTYPE_BYTES, Shard, Tensor, read_shard
+from sfexport.small_files import is_present, read_json, read_optional_json
 from sfexport.towers import Tower, VitTower, read_tower
+from sfexport.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, choose_weights, refuse_adapter
 
-SINGLE_FILE = "model.safetensors"
+__all__ = [
+    "DTYPE_BYTES",
+    "INDEX_FILE",
+    "NO_NUMBERS",
+    "SIDE_FILES",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "Shard",
+    "Tensor",
+    "read_json",
+    "read_shard",
+]
+
 # What to do about weights that are not finite.
 NO_NUMBERS = "The training diverged, or the file is damaged: get it again."
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 # Files besides the weights that a bundle takes along.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
 READABLE = ("F32", "F16", "BF16")
-# Other dtypes may stand in a checkpoint as long as the model does not need the tensor.
-DTYPE_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
-    **{"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8},
-}
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
-_LAYER_SCALE = re.compile(re.escape(TOWER_PREFIX) + r"stages\.\d+\.blocks\.\d+\.gamma$")
-_UNUSED = re.compile(re.escape(TOWER_PREFIX) + r"(head\.|vision_model\.(head|post_layernorm)\.)")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor's place: `length` bytes at `offset` of `shard` (a real path, symlinks resolved)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: Path
-    offset: int
-    length: int
-
-    def rows(self, index: np.ndarray | None = None) -> np.ndarray:
-        """The tensor, or its rows `index`, as float32, read from the mapped file.
-
-        Only the rows asked for are copied. bfloat16 has no NumPy type: its bits are the upper half of a float32.
-        """
-        values = np.array(self._mapped if index is None else self._mapped[index])
-        if self.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32)
-
-    @cached_property
-    def _mapped(self) -> np.ndarray:
-        """The stored values in the mapped file (bfloat16 as uint16); mapped once, since decoding asks per token."""
-        stored = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
-        mapped = np.memmap(self.shard, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
-        return mapped.view(stored).reshape(self.shape)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A safetensors file: its size and the digest of its header, which a bundle's manifest keeps."""
-
-    name: str
-    path: Path
-    size: int
-    header_sha256: str
+_NAMED = 6  # names in a line
+HEAD = "lm_head.weight"
+# Stored by the reference or by transformers, and never used.
+_NEVER_USED = re.compile(
+    re.escape(TOWER_PREFIX) + r"(head\.|vision_model\.(head|post_layernorm|encoder\.layers)\.|.*position_ids$)"
+    r"|.*\.rotary_emb\.inv_freq$"
+)
+# Parts that config.json turns on and off: their tensors say that it should have.
+_CROSS_ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\.cross_attn_")
+_PROJECTOR = re.compile(r"model\.mm_projector\.")
 
 
 @dataclass(frozen=True)
@@ -99,21 +73,23 @@ class Checkpoint:
     config: dict[str, Any]
     shards: tuple[Shard, ...] = field(repr=False)
     tensors: dict[str, Tensor] = field(repr=False)
+    weight_files: WeightFiles | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Read config.json and all shard headers.
 
         Raises:
-            CheckpointError: no such directory, not a checkpoint, pickles only, a damaged or truncated shard.
+            CheckpointError: no such directory, not a checkpoint, pickles only, an adapter that is not merged, a
+                damaged or truncated shard.
         """
         path = Path(path)
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "does not exist"
             raise CheckpointError(f"The checkpoint {path} {problem}.", "Name the directory that holds config.json.")
-        config = read_json(path / "config.json", "A checkpoint directory has a config.json beside its weights.")
-        shards, tensors = [], {}
-        for name in _shard_names(path):
+        config = _read_config(path)
+        shards, tensors, weight_files = [], {}, choose_weights(path)
+        for name in weight_files.names:
             shard, found = read_shard(path / name, name)
             shards.append(shard)
             if twice := sorted(tensors.keys() & found.keys()):
@@ -122,11 +98,19 @@ class Checkpoint:
                     "Remove the shard that belongs to another model.",
                 )
             tensors |= found
-        return cls(path, config, tuple(shards), tensors)
+        return cls(path, config, tuple(shards), tensors, weight_files)
 
     @cached_property
     def facts(self) -> ModelFacts:
-        return ModelFacts.from_config(self.config)
+        """The model as its tensors are: a stored head is used even where config.json ties it, as transformers does."""
+        facts = ModelFacts.from_config(self.config)
+        if facts.text.tie_word_embeddings and HEAD in self.tensors:
+            return replace(facts, text=replace(facts.text, tie_word_embeddings=False))
+        return facts
+
+    @property
+    def fields(self) -> ConfigFields:
+        return ConfigFields.read(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,9 +121,15 @@ class Checkpoint:
         return read_tower(self.config, self.shapes)
 
     @cached_property
+    def processor(self) -> dict[str, Any] | None:
+        """The image processor's fields, where the checkpoint has them; processor_config.json's come first."""
+        whole = read_optional_json(self.path / "processor_config.json") or {}
+        nested = whole.get("image_processor")
+        return nested if isinstance(nested, dict) else read_optional_json(self.path / "preprocessor_config.json")
+
+    @cached_property
     def image(self) -> ImageFacts:
-        file = self.path / "preprocessor_config.json"
-        return ImageFacts.from_config(self.config, self.tower, read_json(file) if file.is_file() else None)
+        return ImageFacts.from_config(self.config, self.tower, self.processor)
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors this model must have."""
@@ -152,13 +142,25 @@ class Checkpoint:
         return "bf16" if stored["BF16"] > stored["F16"] + stored["F32"] else "fp16"
 
     def unused_tensors(self) -> list[str]:
-        """Tensors that the reference stores and never uses (the tower's head)."""
-        return sorted(name for name in self.tensors if _UNUSED.match(name))
+        """Tensors that are stored and that the model does not have, or never uses (the tower's head)."""
+        return sorted(self.tensors.keys() - self.expected_tensors().keys())
 
     def notes(self) -> list[str]:
         """What the checkpoint holds and sfexport leaves out, a line each; `export` and `inspect` print them."""
+        notes = self.weight_files.notes() if self.weight_files else []
+        if self.fields.tie_word_embeddings and HEAD in self.tensors:
+            notes.append(f"config.json ties the head to the embedding; the stored {HEAD} is used, as transformers does")
+        if unknown := unknown_fields(ConfigFields, self.config):
+            more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+            notes.append(f"config.json: not known and not used: {', '.join(map(shown, unknown[:_NAMED]))}{more}")
+        notes += image_notes(self.config, self.tower, self.processor)
         unused = self.unused_tensors()
-        return [f"not used: {len(unused)} tensors ({unused[0]}, ...)"] if unused else []
+        known = [name for name in unused if _NEVER_USED.match(name)]
+        if known:
+            notes.append(f"not used, as in the reference: {len(known)} tensors ({_folded(known)})")
+        if others := sorted(set(unused) - set(known)):
+            notes.append(f"not used, as transformers leaves them out: {len(others)} tensors ({_folded(others)})")
+        return notes
 
     def validate(self) -> None:
         """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.
@@ -176,6 +178,7 @@ class Checkpoint:
                 f"{tower.out_size} features.",
                 "config.json may belong to another model.",
             )
+        self._check_counts()
         expected = self.expected_tensors()
         missing = [name for name in expected if name not in self.tensors]
         if missing:
@@ -198,8 +201,40 @@ class Checkpoint:
                     f"{', '.join(READABLE)}.",
                     "Save the model in one of these.",
                 )
+        self._check_left_out()
         self._check_srelu()
         self._check_frame_size()
+
+    def _check_counts(self) -> None:
+        """Before any loop over what config.json counts: there must be at least a tensor of each."""
+        projector, layers = self.facts.projector, self.facts.text.num_layers
+        last = f"model.layers.{layers - 1}.input_layernorm.weight"
+        if layers > len(self.tensors):
+            raise CheckpointError(
+                f"The checkpoint {self.path} lacks {last}: config.json has {layers:,} num_hidden_layers.",
+                "The download may be incomplete, or config.json may belong to another model.",
+            )
+        if projector.kind == "identity" and projector.in_size != self.facts.text.hidden_size:
+            raise CheckpointError(
+                f"config.json: mm_projector_type 'identity' cannot make {self.facts.text.hidden_size} features of "
+                f"{projector.in_size}.",
+                "config.json may belong to another model.",
+            )
+
+    def _check_left_out(self) -> None:
+        """Tensors of a part that config.json turns off, or makes smaller than it is stored."""
+        for name in self.unused_tensors():
+            if _CROSS_ATTENTION.match(name):
+                field = "cross_attn_gating_type" if name.endswith("warm_up_gate") else "cross_attn_*"
+                part = f"the cross-attention ({field})"
+            elif _PROJECTOR.match(name):
+                part = "the projector (mm_projector_type)"
+            else:
+                continue
+            raise CheckpointError(
+                f"The checkpoint has the tensor '{name}', which {part} in config.json leaves out.",
+                "config.json may have been changed, or belong to another model.",
+            )
 
     def _check_srelu(self) -> None:
         """Training can blow these up without a sign: a comparison with NaN just never holds."""
@@ -227,110 +262,27 @@ class Checkpoint:
             )
 
     def side_files(self) -> list[Path]:
-        """The files beside the weights that this checkpoint has and a bundle takes along."""
-        return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
+        """The files beside the weights that this checkpoint has and a bundle takes along.
+
+        Raises:
+            CheckpointError: one is a link to nothing or out of the checkpoint, too large, or not a JSON object.
+        """
+        files = [self.path / name for name in SIDE_FILES if is_present(self.path / name)]
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file)
+        return files
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError saying what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.", "It may be damaged; get it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object.", "It may be damaged; get it again.")
-    return value
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not is_present(file):
+        refuse_adapter(path)
+    return read_json(file, "A checkpoint directory has a config.json beside its weights.")
 
 
-def _shard_names(path: Path) -> list[str]:
-    if os.path.lexists(path / INDEX_FILE):
-        weight_map = read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX_FILE} has no weight_map.", "Download it again.")
-        return [_plain_name(name) for name in sorted(set(map(str, weight_map.values())))]
-    if os.path.lexists(path / SINGLE_FILE):
-        return [SINGLE_FILE]
-    pickles = [file.name for pattern in PICKLE_PATTERNS for file in path.glob(pattern)]
-    if pickles:
-        raise CheckpointError(
-            f"The checkpoint {path} has only pickled weights ({pickles[0]}), which can run code when opened.",
-            "Convert them with transformers: model.save_pretrained(DIR, safe_serialization=True).",
-        )
-    raise CheckpointError(f"The checkpoint {path} has no {SINGLE_FILE} and no {INDEX_FILE}.", "Download it again.")
-
-
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or "\0" in name or not name.isprintable():
-        raise CheckpointError(
-            f"{INDEX_FILE} names the shard {name!r}, which is not a plain file name.", "Download it again."
-        )
-    return name
-
-
-def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
-    """A safetensors file and the tensors in its header. Raises CheckpointError where it is missing or damaged."""
-    try:
-        real = path.resolve(strict=True)
-        size = real.stat().st_size
-        with real.open("rb") as file:
-            header = _read_header(file.read(8), file, path)
-    except FileNotFoundError:
-        what = "is a link to a file that is gone" if path.is_symlink() else "does not exist"
-        raise CheckpointError(f"The shard {path} {what}.", "Download the checkpoint again.") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise CheckpointError(f"The shard {path} cannot be read: {error}.", "Download it again.") from None
-    tensors = _parse_header(header, real, path)
-    end = max((t.offset + t.length for t in tensors.values()), default=8 + len(header))
-    if size < end:
-        raise CheckpointError(
-            f"The shard {path} is truncated: it has {size:,} bytes and its header promises {end:,}.",
-            "Download it again.",
-        )
-    return Shard(name, real, size, sha256(header).hexdigest()), tensors
-
-
-def _read_header(prefix: bytes, file: Any, path: Path) -> bytes:
-    length = int.from_bytes(prefix, "little")
-    header = file.read(length) if len(prefix) == 8 and 0 < length <= HEADER_LIMIT else b""
-    if not header or len(header) < length:
-        raise CheckpointError(
-            f"The shard {path} is not a safetensors file, or is truncated within its header.", "Download it again."
-        )
-    return header
-
-
-def _parse_header(header: bytes, real: Path, path: Path) -> dict[str, Tensor]:
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = [_tensor(name, entry, real, 8 + len(header)) for name, entry in entries.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"The shard {path} has a damaged safetensors header ({error}).", "Download it again."
-        ) from None
-    tensors.sort(key=lambda t: (t.offset, t.length))
-    for first, second in pairwise(tensors):
-        if second.offset < first.offset + first.length:
-            raise CheckpointError(
-                f"The shard {path} has a damaged safetensors header: the tensors '{first.name}' and '{second.name}' "
-                "overlap.",
-                "Download it again.",
-            )
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _tensor(name: str, entry: dict[str, Any], shard: Path, data_start: int) -> Tensor:
-    """Raises ValueError, TypeError or KeyError for an entry that makes no sense."""
-    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
-    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"'{name}' has shape {list(shape)} and data offsets {[begin, end]}")
-    if _LAYER_SCALE.match(name):  # timm's and open_clip's spelling of the reference's '.weight'
-        name = name.removesuffix("gamma") + "weight"
-    length = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
-    if end - begin != length or length < 0:
-        raise ValueError(f"'{name}' has shape {list(shape)} in {dtype} and data offsets {[begin, end]}")
-    return Tensor(name, dtype, shape, shard, data_start + begin, length)
+def _folded(names: list[str]) -> str:
+    """'model.layers.*.self_attn.q_norm.weight, ...': names that differ in their numbers once, the first few."""
+    folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+    more = ", ..." if len(folded) > _NAMED else ""
+    return ", ".join(shown(name)[1:-1] for name in folded[:_NAMED]) + more

@@ -6,13 +6,14 @@ field's meaning and its default (which follow the reference implementation) are 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfexport.config_fields import HINT, ConfigFields, wrong
 from sfexport.errors import CheckpointError
+from sfexport.fields import shown
 
 MODEL_TYPE = "llava_qwen_slow_fast"
 GATING_TYPES = (
@@ -26,45 +27,6 @@ TOWER_PREFIX = "model.vision_tower.vision_tower."
 SRELU_PARAMETERS = ("t_right", "a_right", "t_left", "a_left")
 
 Shapes = Mapping[str, tuple[int, ...]]
-_REQUIRED = object()
-_HINT = "Take config.json from the model's own download."
-
-
-def _field(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> Any:
-    value = config.get(name)
-    if value is not None:
-        return value
-    if default is _REQUIRED:
-        raise CheckpointError(f"config.json has no value for '{name}', which this model needs.", _HINT)
-    return default
-
-
-def _positive(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> int:
-    value = _field(config, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: '{name}' must be a positive whole number, not {value!r}.", _HINT)
-    return value
-
-
-def _depth(config: Mapping[str, Any], name: str, default: int) -> int:
-    value = _field(config, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise CheckpointError(f"config.json: '{name}' must be a whole number from 0 on, not {value!r}.", _HINT)
-    return value
-
-
-def _positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
-    value = _field(config, name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"config.json: '{name}' must be a positive number, not {value!r}.", _HINT)
-    return float(value)
-
-
-def _text(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> str:
-    value = _field(config, name, default)
-    if not isinstance(value, str):
-        raise CheckpointError(f"config.json: '{name}' must be a text, not {value!r}.", _HINT)
-    return value
 
 
 @dataclass(frozen=True)
@@ -89,34 +51,29 @@ class TextFacts:
     padding_side: str
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TextFacts:
-        hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
-        if config.get("use_sliding_window") and config.get("sliding_window"):
-            raise CheckpointError("config.json asks for sliding-window attention, which sfexport does not export.")
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not Qwen2's 'silu'.", _HINT)
-        kv_heads = _positive(config, "num_key_value_heads", heads)
+    def from_fields(cls, fields: ConfigFields) -> TextFacts:
+        hidden, heads = fields.needed("hidden_size"), fields.needed("num_attention_heads")
+        kv_heads = fields.num_key_value_heads or heads
         if heads % kv_heads:
             raise CheckpointError(
-                f"config.json: {heads} num_attention_heads cannot share {kv_heads} num_key_value_heads evenly.", _HINT
+                f"config.json: {heads} num_attention_heads cannot share {kv_heads} num_key_value_heads evenly.", HINT
             )
-        # transformers 5 keeps the base in rope_parameters; the released files have rope_theta.
-        rope = config.get("rope_parameters")
-        rope = rope if isinstance(rope, Mapping) and rope.get("rope_theta") else config
-        limit = config.get("tokenizer_model_max_length")
+        head_dim = fields.head_dim or hidden // heads
+        if head_dim < 2 or head_dim % 2:
+            raise wrong("head_dim", head_dim, "an even number: rotary embeddings take pairs")
         return cls(
             hidden_size=hidden,
-            num_layers=_positive(config, "num_hidden_layers"),
+            num_layers=fields.needed("num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=_positive(config, "head_dim", hidden // heads),
-            intermediate_size=_positive(config, "intermediate_size"),
-            vocab_size=_positive(config, "vocab_size"),
-            rms_norm_eps=_positive_number(config, "rms_norm_eps", 1e-6),
-            rope_theta=_positive_number(rope, "rope_theta", 10000.0),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_length=None if limit is None else _positive(config, "tokenizer_model_max_length"),
-            padding_side=config.get("tokenizer_padding_side") or "right",
+            head_dim=head_dim,
+            intermediate_size=fields.needed("intermediate_size"),
+            vocab_size=fields.needed("vocab_size"),
+            rms_norm_eps=fields.rms_norm_eps or 1e-6,
+            rope_theta=fields.rotary_base,
+            tie_word_embeddings=fields.tie_word_embeddings,
+            max_length=fields.tokenizer_model_max_length,
+            padding_side=fields.tokenizer_padding_side or "right",
         )
 
 
@@ -129,15 +86,15 @@ class GateFacts:
     warm_up_tanh: bool
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GateFacts:
-        gating = _field(config, "cross_attn_gating_type")
+    def from_fields(cls, fields: ConfigFields) -> GateFacts:
+        gating = fields.needed("cross_attn_gating_type")
         if gating not in GATING_TYPES:
             raise CheckpointError(
-                f"config.json: unknown cross_attn_gating_type {gating!r}.",
+                f"config.json: unknown cross_attn_gating_type {shown(gating)}.",
                 f"The types that work in the reference are: {', '.join(GATING_TYPES)}.",
             )
         warm_up = gating.endswith("warmup")
-        text_only = _text(config, "cross_attn_implementation").startswith("text-only-vanilla")
+        text_only = fields.needed("cross_attn_implementation").startswith("text-only-vanilla")
         return cls(dynamic_tanh="tanh" in gating, warm_up=warm_up, warm_up_tanh=warm_up and text_only)
 
 
@@ -170,35 +127,37 @@ class SlowFastFacts:
     decode_mode: str
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> SlowFastFacts:
-        hybrid = hybrid_layers(config)
-        mode = config.get("decode_mode") or "released"
+    def from_fields(cls, fields: ConfigFields) -> SlowFastFacts:
+        hybrid = _hybrid_layers(fields)
+        mode = "released" if fields.decode_mode is None else fields.decode_mode
         if mode not in DECODE_MODES:
-            raise CheckpointError(f"config.json: decode_mode {mode!r} is not one of {', '.join(DECODE_MODES)}.")
-        default = _REQUIRED if hybrid else 1
+            raise CheckpointError(f"config.json: decode_mode {shown(mode)} is not one of {', '.join(DECODE_MODES)}.")
+
+        def stride(name: str) -> int:
+            return fields.needed(name) if hybrid else getattr(fields, name) or 1
+
         return cls(
             hybrid_layers=hybrid,
-            attends=_attends(_text(config, "cross_attn_implementation")) if hybrid else "text",
-            gate=GateFacts.from_config(config) if hybrid else None,
+            attends=_attends(fields.needed("cross_attn_implementation")) if hybrid else "text",
+            gate=GateFacts.from_fields(fields) if hybrid else None,
             fast=FastPathFacts(
-                sampling_stride=_positive(config, "fast_token_temporal_sampling_stride", default),
-                temporal_stride=_positive(config, "fast_token_temporal_stride", default),
-                spatial_stride=_positive(config, "fast_token_spatial_stride", default),
-                min_frames=_positive(config, "min_fast_frames", 1),
+                sampling_stride=stride("fast_token_temporal_sampling_stride"),
+                temporal_stride=stride("fast_token_temporal_stride"),
+                spatial_stride=stride("fast_token_spatial_stride"),
+                min_frames=fields.min_fast_frames or 1,
             ),
-            video_pooling_stride=_positive(config, "mm_video_pooling_stride"),
+            video_pooling_stride=fields.needed("mm_video_pooling_stride"),
             decode_mode=mode,
         )
 
 
-def hybrid_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _hybrid_layers(fields: ConfigFields) -> tuple[int, ...]:
     """range(min depth, max depth, every n); the presence of cross_attn_every_n_layers turns the branch on."""
-    if config.get("cross_attn_every_n_layers") is None:
+    if fields.cross_attn_every_n_layers is None:
         return ()
-    layers = _positive(config, "num_hidden_layers")
-    start = _depth(config, "cross_attn_min_layer_depth", 0)
-    stop = _depth(config, "cross_attn_max_layer_depth", layers)
-    return tuple(i for i in range(start, stop, _positive(config, "cross_attn_every_n_layers")) if i < layers)
+    layers, stop = fields.needed("num_hidden_layers"), fields.cross_attn_max_layer_depth
+    stop = layers if stop is None else min(stop, layers)
+    return tuple(range(fields.cross_attn_min_layer_depth or 0, stop, fields.cross_attn_every_n_layers))
 
 
 def _attends(implementation: str) -> str:
@@ -207,7 +166,7 @@ def _attends(implementation: str) -> str:
     if implementation.startswith("text-only-vanilla"):
         return "text-after-video" if "masksystem" in implementation else "text"
     raise CheckpointError(
-        f"config.json: unknown cross_attn_implementation {implementation!r}.",
+        f"config.json: unknown cross_attn_implementation {shown(implementation)}.",
         "It must begin with 'text-only-vanilla' or 'vanilla' (with '-masksystem' or '-flashattn' as options).",
     )
 
@@ -226,15 +185,15 @@ class ProjectorFacts:
     activation: str = "gelu"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ProjectorFacts:
-        name = _text(config, "mm_projector_type", "linear")
-        size = _positive(config, "mm_hidden_size")
+    def from_fields(cls, fields: ConfigFields) -> ProjectorFacts:
+        name = "linear" if fields.mm_projector_type is None else fields.mm_projector_type
+        size = fields.needed("mm_hidden_size")
         if name in ("linear", "identity"):
             return cls(name, int(name == "linear"), size)
-        match = re.fullmatch(r"mlp([1-9]\d*)x_(gelu|srelu)", name)
+        match = re.fullmatch(r"mlp([1-9]\d{0,2})x_(gelu|srelu)", name)  # up to 999 layers
         if not match:
             raise CheckpointError(
-                f"config.json: unknown mm_projector_type {name!r}.",
+                f"config.json: unknown mm_projector_type {shown(name)}.",
                 "Known: linear, identity, mlp<N>x_gelu, mlp<N>x_srelu.",
             )
         return cls("mlp", int(match.group(1)), size, match.group(2))
@@ -267,10 +226,11 @@ class ModelFacts:
         """Raises CheckpointError naming the field that is missing or has no meaning here."""
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
-                f"config.json: model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}.",
+                f"config.json: model_type is {shown(config.get('model_type'))}, not {MODEL_TYPE!r}.",
                 "sfexport takes Slow-Fast Video MLLM checkpoints only.",
             )
-        return cls(TextFacts.from_config(config), SlowFastFacts.from_config(config), ProjectorFacts.from_config(config))
+        fields = ConfigFields.read(config)
+        return cls(TextFacts.from_fields(fields), SlowFastFacts.from_fields(fields), ProjectorFacts.from_fields(fields))
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor outside the vision tower."""

@@ -8,17 +8,19 @@ models of that width or from `mm_vision_num_attention_heads`.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from sfexport.config_fields import MAX_LAYERS
 from sfexport.errors import CheckpointError
 from sfexport.facts import TOWER_PREFIX, Shapes
+from sfexport.fields import LARGEST, shown
+from sfexport.tower_names import VIT_PREFIX, tower_kind
 
-VIT_PREFIX = TOWER_PREFIX + "vision_model."
+_ACTIVATIONS = {"clip": "quick_gelu", "siglip": "gelu_tanh"}
 # Widths of the published CLIP and SigLIP towers -> attention heads.
 VIT_HEADS = {768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16}
 
@@ -140,34 +142,21 @@ Tower = ConvNextTower | VitTower
 CONVNEXT_XXL = ConvNextTower(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072), stem_patch=4, kernel=7)
 
 
-def tower_kind(config: Mapping[str, Any]) -> str:
-    """'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`."""
-    name = config.get("mm_vision_tower")
-    if not isinstance(name, str):
-        raise CheckpointError(
-            f"config.json: 'mm_vision_tower' must be a tower's name, not {name!r}.",
-            "Known: convnext-576, openai/clip-*, google/siglip-*.",
-        )
-    if name.startswith("convnext"):
-        return "convnext"
-    if "siglip" in name:
-        return "siglip"
-    if "clip" in name:
-        return "clip"
-    raise CheckpointError(
-        f"config.json: unknown mm_vision_tower {name!r}.", "Known: convnext-576, openai/clip-*, google/siglip-*."
-    )
-
-
 def read_tower(config: Mapping[str, Any], shapes: Shapes) -> Tower:
     """The tower's sizes from tensor shapes (or from `vision_tower_sizes`, which files saved by sfexport have).
 
     Raises:
         CheckpointError: naming the tensor that is missing or cannot be understood.
     """
-    kind = tower_kind(config)
-    if config.get("vision_tower_sizes"):
-        return tower_from_sizes(config["vision_tower_sizes"])
+    kind = tower_kind(config, shapes)
+    if config.get("vision_tower_sizes") is not None:
+        tower = tower_from_sizes(config["vision_tower_sizes"])
+        if tower.kind != kind:
+            raise CheckpointError(
+                f"config.json: vision_tower_sizes are of a {tower.kind} tower, mm_vision_tower names a {kind}.",
+                "Remove vision_tower_sizes from config.json.",
+            )
+        return tower
     return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, config, shapes)
 
 
@@ -179,21 +168,45 @@ def tower_from_sizes(sizes: Any) -> Tower:
     """
     try:
         sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
-        kind = ConvNextTower if sizes.get("kind") == "convnext" else VitTower
-        tower = kind(**sizes)
-        # Every field but these is a size, or one size per stage.
-        names = sizes.keys() - {"kind", "layer_norm_eps", "select_layer", "activation"}
-        for size in chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in (sizes[n] for n in names)):
-            if operator.index(size) < 1:
-                raise ValueError(f"a size of {size}")
-        if isinstance(tower, ConvNextTower) and not 0 < len(tower.depths) == len(tower.widths):
-            raise ValueError("depths and widths differ in number")
-        operator.index(getattr(tower, "select_layer", 0))
+        tower = (ConvNextTower if sizes.get("kind") == "convnext" else VitTower)(**sizes)
+        _check_sizes(tower, sizes)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"config.json: vision_tower_sizes has no meaning here ({error}).", "Remove it from config.json."
         ) from None
     return tower
+
+
+def _check_sizes(tower: Tower, sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError for a field that no tower has."""
+    # Every field but these is a size, or one size per stage.
+    names = sizes.keys() - {"kind", "layer_norm_eps", "select_layer", "activation"}
+    for size in chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in (sizes[n] for n in names)):
+        if type(size) is not int or not 1 <= size <= LARGEST:
+            raise ValueError(f"a size of {shown(size)}")
+    if not isinstance(tower.layer_norm_eps, float) or not 0 < tower.layer_norm_eps < 1:
+        raise ValueError(f"layer_norm_eps {shown(tower.layer_norm_eps)}")
+    if isinstance(tower, ConvNextTower):
+        if not isinstance(tower.depths, tuple) or not isinstance(tower.widths, tuple):
+            raise ValueError("depths and widths must be lists")
+        if not 0 < len(tower.depths) == len(tower.widths):
+            raise ValueError("depths and widths differ in number")
+        if sum(tower.depths) > MAX_LAYERS:
+            raise ValueError(f"{sum(tower.depths)} blocks")
+        return
+    if _ACTIVATIONS.get(tower.kind) != tower.activation:
+        raise ValueError(f"kind {shown(tower.kind)} with activation {shown(tower.activation)}")
+    if tower.num_layers > MAX_LAYERS or tower.width % tower.num_heads or tower.image_size < tower.patch:
+        raise ValueError(f"{tower.num_layers} layers, {tower.num_heads} heads, {tower.image_size} pixels")
+    _check_select(tower.select_layer, tower.num_layers, tower.kind)
+
+
+def _check_select(select: Any, num_layers: int, kind: str) -> None:
+    if type(select) is not int or not -num_layers - 1 <= select <= num_layers:
+        raise CheckpointError(
+            f"config.json: mm_vision_select_layer is {shown(select)}, and the {kind} tower has {num_layers} layers.",
+            f"It must lie between {-num_layers - 1} and {num_layers}.",
+        )
 
 
 def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -210,9 +223,24 @@ def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """1 + the largest index that `pattern` (one group) finds; 0 where it finds none."""
-    found = [int(m.group(1)) for m in map(re.compile(pattern).match, names) if m]
-    return max(found, default=-1) + 1
+    """How many indices `pattern` (one group) finds; 0 where it finds none.
+
+    Raises:
+        CheckpointError: they are not 0, 1, 2, ...: a number may be missing, or absurd.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if match := re.match(pattern, name):
+            found.setdefault(match.group(1), name)
+    numbers = {str(i) for i in range(len(found))}
+    if odd := sorted(found.keys() - numbers):
+        missing = sorted(numbers - found.keys(), key=int)[0]
+        name = shown(found[odd[0]])[1:-1]
+        raise CheckpointError(
+            f"The checkpoint has the tensor '{name}', but none of that kind with number {missing}.",
+            "The download may be incomplete, or the tensor may belong to another model.",
+        )
+    return len(found)
 
 
 def _read_convnext(shapes: Shapes) -> ConvNextTower:
@@ -236,30 +264,34 @@ def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
     embedding = _shape(shapes, VIT_PREFIX + "embeddings.patch_embedding.weight", 4)
     positions = _shape(shapes, VIT_PREFIX + "embeddings.position_embedding.weight", 2)[0]
     width, patch = embedding[0], embedding[-1]
-    heads = config.get("mm_vision_num_attention_heads") or VIT_HEADS.get(width)
-    if not heads:
+    heads = config.get("mm_vision_num_attention_heads")
+    heads = VIT_HEADS.get(width) if heads is None else heads
+    if heads is None:
         raise CheckpointError(
             f"The {kind} tower is {width} wide, which no published model is, so its head count is unknown.",
             "Add 'mm_vision_num_attention_heads' to config.json.",
         )
-    if not isinstance(heads, int) or heads < 1 or width % heads:
+    if type(heads) is not int or heads < 1 or width % heads:
         raise CheckpointError(
-            f"config.json: mm_vision_num_attention_heads is {heads!r}, which does not divide the {kind} tower's width "
-            f"{width}.",
+            f"config.json: mm_vision_num_attention_heads is {shown(heads)}, which does not divide the {kind} tower's "
+            f"width {width}.",
             "Take it from the tower's own config.json.",
         )
-    feature = config.get("mm_vision_select_feature") or "patch"
-    if feature != "patch":
+    feature = config.get("mm_vision_select_feature")
+    if feature not in (None, "patch"):
         raise CheckpointError(
-            f"config.json: mm_vision_select_feature {feature!r} does not give a square grid to pool.",
+            f"config.json: mm_vision_select_feature {shown(feature)} does not give a square grid to pool.",
             "Only 'patch' is supported.",
         )
     num_layers = _count(shapes, re.escape(VIT_PREFIX) + r"encoder\.layers\.(\d+)\.")
-    select = config.get("mm_vision_select_layer", -2)
-    if not isinstance(select, int) or not -num_layers - 1 <= select <= num_layers:
+    select = config.get("mm_vision_select_layer")
+    select = -2 if select is None else select
+    _check_select(select, num_layers, kind)
+    merge = config.get("mm_patch_merge_type")
+    if merge not in (None, "flat"):
         raise CheckpointError(
-            f"config.json: mm_vision_select_layer is {select!r}, and the {kind} tower has {num_layers} layers.",
-            f"It must lie between {-num_layers - 1} and {num_layers}.",
+            f"config.json: mm_patch_merge_type {shown(merge)} is not exported for a {kind} tower.",
+            "Only 'flat' is supported.",
         )
     is_clip = kind == "clip"
     return VitTower(
@@ -272,5 +304,5 @@ def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
         image_size=patch * math.isqrt(positions - int(is_clip)),
         select_layer=select,
         layer_norm_eps=1e-5 if is_clip else 1e-6,
-        activation="quick_gelu" if is_clip else "gelu_tanh",
+        activation=_ACTIVATIONS[kind],
     )

@@ -105,6 +105,30 @@ def edit_header(shard: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     write_shard(shard, header, data)
 
 
+def read_tensors(shard: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Name -> dtype, shape and bytes of every tensor in a safetensors file."""
+    header, data = split_shard(shard)
+    header.pop("__metadata__", None)
+    return {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+
+def write_tensors(shard: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """Write a safetensors file without holes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    write_shard(shard, header, b"".join(data for _, _, data in tensors.values()))
+
+
+def change_tensors(shard: Path, change: Callable[[dict[str, tuple[str, list[int], bytes]]], Any]) -> None:
+    """Add, remove or replace tensors of a safetensors file in place."""
+    tensors = read_tensors(shard)
+    change(tensors)
+    write_tensors(shard, tensors)
+
+
 def promise_again(manifest: Path, name: str) -> None:
     """Write a changed file's digest into its manifest, as if it had been that way all along."""
     file = manifest.with_name(name)

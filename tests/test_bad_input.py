@@ -20,6 +20,7 @@ from helpers import (
     INDEX,
     SECOND,
     assert_says,
+    change_tensors,
     edit_header,
     edit_json,
     refusal,
@@ -62,7 +63,7 @@ def entry(tensor: str, **fields: object) -> Callable[[Path], None]:
 
 
 def drop(tensor: str) -> Callable[[Path], None]:
-    return lambda path: edit_header(shard_of(path, tensor), lambda header: header.pop(tensor))
+    return lambda path: change_tensors(shard_of(path, tensor), lambda tensors: tensors.pop(tensor))
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
@@ -124,7 +125,7 @@ def stored_as(dtype: str, size: int) -> Callable[[Path], None]:
         for name, value in header.items():
             if name != "__metadata__":
                 value.update(dtype=dtype, data_offsets=[size * n // 2 for n in value["data_offsets"]])
-        write_shard(shard_of(path, NORM), header, 4 * data)
+        write_shard(shard_of(path, NORM), header, (4 * data)[: size * len(data) // 2])
 
     return change
 

@@ -247,7 +247,7 @@ def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str
     for shard in checkpoint.shards:
         report(f"copying {shard.name} ({size_text(shard.size)})")
         shutil.copyfile(shard.path, directory / shard.name)
-    if (checkpoint.path / INDEX_FILE).is_file():
+    if checkpoint.weight_files is not None and checkpoint.weight_files.indexed:
         shutil.copyfile(checkpoint.path / INDEX_FILE, directory / INDEX_FILE)
     return Checkpoint.open(directory)
 
@@ -293,7 +293,7 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
     names = [file.name for file in checkpoint.side_files()] + [f"{name}.onnx" for name in GRAPHS]
     if (directory / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
-    frames = options.frames or checkpoint.config.get("mm_training_video_frames") or DEFAULT_FRAMES
+    frames = options.frames or checkpoint.fields.mm_training_video_frames or DEFAULT_FRAMES
     side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.facts.slow_fast.video_pooling_stride
     content = {
         "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import assert_says, edit_json, snapshot, split_shard, write_shard
+from helpers import assert_says, change_tensors, edit_json, snapshot, split_shard, write_shard
 from quantized import ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
 from sfexport.checkpoint import Checkpoint
@@ -237,15 +237,13 @@ NAME = "model.layers.1.mlp.up_proj"
 
 def damage(checkpoint: Path, tensor: str, array: np.ndarray | None) -> None:
     """Overwrite the beginning of a stored tensor, or take it away."""
-    place = Checkpoint.open(checkpoint).tensors[tensor]
-    header, data = split_shard(place.shard)
-    if array is None:
-        del header[tensor]
-    else:
-        begin, changed = header[tensor]["data_offsets"][0], bytearray(data)
-        changed[begin : begin + array.nbytes] = array.tobytes()
-        data = bytes(changed)
-    write_shard(place.shard, header, data)
+
+    def change(tensors: dict[str, Any]) -> None:
+        dtype, shape, data = tensors.pop(tensor)
+        if array is not None:
+            tensors[tensor] = (dtype, shape, array.tobytes() + data[array.nbytes :])
+
+    change_tensors(Checkpoint.open(checkpoint).tensors[tensor].shard, change)
 
 
 @pytest.mark.parametrize(
