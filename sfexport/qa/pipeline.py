@@ -201,9 +201,7 @@ def open_video(video: Any, fps: float | None = None) -> Video:
     """
     if not isinstance(video, (str, os.PathLike)):
         return Video(MemoryFrames(video, fps))
-    if fps is not None:
-        raise InputError(f"'{video}' has a rate of its own; fps is for frames in memory.", "Leave fps out.")
-    return Video.open(video)
+    return Video.open(video, fps)
 
 
 def _timed(chunks: Iterator[np.ndarray], watch: Stopwatch) -> Iterator[np.ndarray]:

@@ -7,16 +7,16 @@ are not imported: their tensors are asked through the protocol.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from sfexport.errors import InputError, VideoError
-from sfexport.video.files import VideoInfo
+from sfexport.errors import VideoError
+from sfexport.video.files import VideoInfo, check_rate
+from sfexport.video.pictures import DAMAGE, rgb_pixels
 
 WHAT_WORKS = (
     "Pass a path, an array uint8 [frames, height, width, 3], a list of arrays [height, width, 3] or of PIL images, "
@@ -46,8 +46,7 @@ class MemoryFrames:
             VideoError: something else, saying what it is.
             InputError: `fps` is not a positive number.
         """
-        if fps is not None and not (fps > 0 and math.isfinite(fps)):
-            raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.")
+        check_rate(fps)
         self._frames, is_picture = _frames_of(video)
         # The first frame now, in the caller's thread: its copy from a GPU waits for the work that makes the frames.
         height, width, _ = self.frame(0).shape
@@ -169,6 +168,6 @@ def _refuse_animation(image: Image.Image, name: str) -> None:
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
     try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        return rgb_pixels(image, name)
+    except DAMAGE as error:
         raise VideoError(f"{name} is a PIL image that cannot be read: {error}.", "Save or copy it again.") from error

@@ -1,4 +1,4 @@
-"""Still pictures, and turning decoded frames upright.
+"""Pictures: what a picture file holds, its pixels as 8-bit RGB, and turning frames upright.
 
 Imports numpy, PIL, sfexport.errors and its neighbour files.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +18,19 @@ from PIL import Image, ImageOps
 
 from sfexport.errors import VideoError
 from sfexport.video.files import VideoInfo
+from sfexport.video.picture_streams import format_of_stream, heif_is_tiled, webp_seconds
 
-STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# Formats whose first bytes tell them, for Pillow. What it cannot open here (AVIF before 11.3) FFmpeg is asked for.
+STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "AVIF")
+TGA_SUFFIXES = (".tga", ".vda", ".icb", ".vst")  # nothing but its name tells this one
+# FFmpeg's formats for those that it decodes, when they are animated.
+ANIMATED_FORMATS = {"GIF": "gif", "PNG": "apng", "AVIF": None}
+# What Pillow raises for damaged pictures, its plugins' slips included.
+DAMAGE = (OSError, ValueError, SyntaxError, struct.error, EOFError, LookupError, TypeError, OverflowError)
+MAX_PIXELS = 178_956_970  # where Pillow sees an attack
+SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # formats whose 16-bit greys Pillow has opened in mode I
+EXIF_ORIENTATION = 0x0112
+REDUCED_PAGE, PAGE_KIND, WHITE_IS_ZERO, PHOTOMETRIC, SAMPLE_BITS = 1, 254, 0, 262, 258  # of TIFF
 
 
 class Still:
@@ -35,26 +49,166 @@ class Still:
         pass
 
 
-def read_still(path: Path) -> np.ndarray | None:
-    """The picture as uint8 RGB [H, W, 3], turned upright by its EXIF tag; None where the file is no still picture.
+class AnimatedPicture:
+    """An animated WebP, which FFmpeg's releases do not all decode, as a clip."""
+
+    def __init__(self, path: Path, shown: Path) -> None:
+        """Raises VideoError: the animation is damaged."""
+        self.frames_decoded, self._shown = 0, shown
+        self._at, self._pixels = -1, np.empty(0)
+        self._image = Image.open(path)
+        try:
+            count, seconds = self._image.n_frames, webp_seconds(path)
+            height, width = self.frame(0).shape[:2]
+        except BaseException:
+            self.close()
+            raise
+        rate = count / seconds if seconds else 25.0
+        self.info = VideoInfo(shown, count, rate, width, height, count / rate, 0)
+
+    def frame(self, index: int) -> np.ndarray:
+        if index != self._at:
+            with _damage_explained(self._shown):
+                self._image.seek(index)
+                self._pixels = rgb_pixels(self._image, f"'{self._shown}'")
+            self._at = index
+            self.frames_decoded += 1
+        return self._pixels
+
+    def close(self) -> None:
+        self._image.close()
+
+
+def open_picture(path: Path, shown: Path | None = None) -> Still | AnimatedPicture | str | None:
+    """The picture or animation in a file, by its content.
+
+    A picture is one image without a duration, in whatever format; several of one size in a row are a clip.
+
+    Args:
+        shown: what messages name instead of `path`.
+
+    Returns:
+        The open picture; or FFmpeg's name of the format of a clip; or None where FFmpeg should find out what it is.
 
     Raises:
-        VideoError: it is a picture, but a damaged or unreasonably large one.
+        VideoError: it is a picture, but a damaged, ambiguous or unreasonably large one.
     """
-    try:
-        image = Image.open(path, formats=STILL_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise VideoError(f"'{path}' is too large a picture to open.", "Scale it down first.") from error
-    except (OSError, ValueError, SyntaxError):
+    shown = shown or path
+    image = identify(path, shown)
+    if image is None:
+        if heif_is_tiled(path):
+            raise VideoError(
+                f"'{shown}' is a picture in tiles (HEIC or AVIF), which is not put together here.",
+                "Save it as JPEG or PNG.",
+            )
         return None
     with image:
-        # MPO, which phones write as .jpg, is one picture and its smaller copies; PIL calls that animated too.
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            return None
-        try:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, struct.error) as error:
-            raise VideoError(f"'{path}' is a damaged picture.", "Save or copy it again.") from error
+        # MPO, which phones write as .jpg, is one picture and its smaller copies; an icon is one in several sizes.
+        if image.format in ANIMATED_FORMATS or image.format in ("WEBP", "TIFF"):
+            with _damage_explained(shown):
+                is_animated = getattr(image, "is_animated", False)
+            if is_animated and image.format == "TIFF":
+                _refuse_pages(image, shown)
+            elif is_animated:
+                if image.format in ANIMATED_FORMATS:
+                    return ANIMATED_FORMATS[image.format]
+                return AnimatedPicture(path, shown)
+        stream = None if image.format == "MPO" else format_of_stream(path, image)
+        if stream is not None:
+            return stream
+        with _damage_explained(shown):
+            return Still(shown, rgb_pixels(image, f"'{shown}'"))
+
+
+def identify(path: Path, shown: Path) -> Image.Image | None:
+    """The image that Pillow sees in a file, not yet decoded; None: it is not one for Pillow.
+
+    Raises:
+        VideoError: it has too many pixels.
+    """
+    Image.init()
+    formats = [name for name in STILL_FORMATS if name in Image.OPEN]
+    if path.suffix.lower() in TGA_SUFFIXES:
+        formats.append("TGA")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about sizes and odd metadata; the size is looked at below
+            image = Image.open(path, formats=formats)
+    except Image.DecompressionBombError as error:
+        raise VideoError(f"'{shown}' is too large a picture to open: {error}", "Scale it down first.") from error
+    except DAMAGE:
+        return None
+    if math.prod(image.size) > MAX_PIXELS:
+        image.close()
+        raise VideoError(f"'{shown}' is too large a picture to open: {image.size} pixels.", "Scale it down first.")
+    return image
+
+
+def rgb_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 RGB [H, W, 3], upright by the EXIF tag; transparency is dropped. 16 bits keep their upper 8.
+
+    Raises:
+        VideoError: values without a defined range, or colours that Pillow cannot convert; names `name`.
+    """
+    kind, shift, is_negative = image.format, _grey_shift(image), _is_negative(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("F", "I") and shift is None:
+        raise VideoError(
+            f"{name} has {'floating-point' if upright.mode == 'F' else '32-bit'} pixels (mode {upright.mode}), whose "
+            "range for display is not defined.",
+            "Scale the values to 0..255 and save it with 8 bits per channel.",
+        )
+    if shift is not None:
+        grey = np.asarray(upright).astype(np.int64) >> shift
+        grey = np.clip(255 - grey if is_negative else grey, 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if upright.mode == "LAB":
+        raise VideoError(f"{name} has CIE L*a*b* colours ({kind}).", "Convert it to RGB first.")
+    return np.array(upright.convert("RGB"))
+
+
+def _grey_shift(image: Image.Image) -> int | None:
+    """By how many bits greys of more than 8 bits are too large; None for other modes, and where that is unknown."""
+    if image.mode.startswith("I;16"):
+        bits = _tiff_tag(image, SAMPLE_BITS, 16)
+        return max(bits[0] if isinstance(bits, tuple) else bits, 8) - 8
+    return 8 if image.mode == "I" and image.format in SIXTEEN_BITS else None
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """TIFF with 16 bits where 0 is white: Pillow turns round 8 bits only."""
+    return image.mode.startswith("I;16") and _tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int | tuple[int, ...]:
+    return image.tag_v2.get(tag, default) if image.format == "TIFF" else default
+
+
+def _refuse_pages(image: Image.Image, shown: Path) -> None:
+    """Raises VideoError for a TIFF of several pages; smaller copies of its first page are none."""
+    with _damage_explained(shown):
+        pages = 0
+        for page in range(image.n_frames):
+            image.seek(page)
+            pages += not image.tag_v2.get(PAGE_KIND, 0) & REDUCED_PAGE
+        image.seek(0)
+    if pages > 1:
+        raise VideoError(
+            f"'{shown}' is a TIFF of {pages} pages, which may be frames or not.",
+            "Save the wanted page, or all as pictures in a folder and pass the folder.",
+        )
+
+
+@contextmanager
+def _damage_explained(shown: Path) -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise VideoError(f"'{shown}' is too large a picture to open: {error}", "Scale it down first.") from error
+    except MemoryError as error:
+        raise VideoError(f"'{shown}' is too large a picture for the memory.", "Scale it down first.") from error
+    except DAMAGE as error:
+        raise VideoError(f"'{shown}' is a damaged picture.", "Save or copy it again.") from error
 
 
 @dataclass(frozen=True)
@@ -89,6 +243,17 @@ class Orientation:
             return cls(False, a < 0, d < 0, degrees)
         return cls(True, c < 0, b < 0, degrees)
 
+    @classmethod
+    def from_exif(cls, tag: int) -> Orientation:
+        """EXIF's tag 0x0112, 1..8; others mean nothing."""
+        return EXIF_ORIENTATIONS.get(tag, cls())
+
+    @classmethod
+    def from_turn(cls, degrees: float) -> Orientation:
+        """Clockwise, rounded to quarter turns."""
+        quarter = round(degrees / 90) % 4
+        return (cls(), EXIF_ORIENTATIONS[6], EXIF_ORIENTATIONS[3], EXIF_ORIENTATIONS[8])[quarter]
+
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height once upright."""
         return (height, width) if self.transpose else (width, height)
@@ -102,3 +267,14 @@ class Orientation:
         if self.flip_y:
             frame = frame[::-1]
         return np.ascontiguousarray(frame)
+
+
+EXIF_ORIENTATIONS = {
+    2: Orientation(False, True, False, 180),
+    3: Orientation(False, True, True, 180),
+    4: Orientation(False, False, True, 0),
+    5: Orientation(True, False, False, 90),
+    6: Orientation(True, True, False, 90),
+    7: Orientation(True, True, True, 270),
+    8: Orientation(True, False, True, 270),
+}

@@ -1,19 +1,27 @@
-"""Where each frame of a clip lies: presentation times and seek points, read from packets. Imports numpy only."""
+"""Which compressed packet makes which frame, and where decoding can start, read from packets. Imports numpy only.
+
+A packet is known by its ordinal: its position among the stream's packets when the file is read from the beginning.
+Times after a jump may differ from those of a reading from the beginning; ordinals are recognised by content.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PacketFacts:
     """What the timeline needs to know of one compressed frame; times in the stream's time base.
 
     Attributes:
         is_shown: False for packets that are decoded only because others refer to them (edit lists).
+        place: bytes from the file's start, where the container says.
+        content: a hash of size and content.
+        size: bytes.
     """
 
     pts: int | None
@@ -21,6 +29,24 @@ class PacketFacts:
     duration: int
     is_key: bool
     is_shown: bool
+    place: int | None = None
+    content: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class SeekPoint:
+    """A key packet that decoding can start at.
+
+    Attributes:
+        ordinal: the packet's. pts, dts: its times, to ask the container for.
+        frame: the frame that it makes; what comes out for earlier frames after a jump here is not to be used.
+    """
+
+    ordinal: int
+    pts: int
+    dts: int
+    frame: int
 
 
 @dataclass(frozen=True)
@@ -28,67 +54,128 @@ class Timeline:
     """The frames of a clip in presentation order.
 
     Attributes:
+        order: int64 [frames]: the ordinal of the packet that makes each frame.
+        frames: int64 [packets]: the frame that each packet makes, -1 for none; empty where packets do not tell
+            frames apart.
         stamps: int64 [frames], increasing: presentation times, or 0, 1, 2, ... where the file has no usable ones.
-        keys: int64 [k], increasing: times at which decoding can start; empty where it must start at the beginning.
+        identities: int64 [packets]: a hash of each, by which it is recognised (see `identity`).
+        has_places: whether identities contain the packets' places.
+        seek_points: int64 [k, 4], ascending: the fields of each SeekPoint.
         is_timed: whether stamps are times.
         last_duration: how long the last frame shows, in the time base; 0 where unknown.
     """
 
+    order: np.ndarray
+    frames: np.ndarray
     stamps: np.ndarray
-    keys: np.ndarray
-    is_timed: bool
+    identities: np.ndarray
+    seek_points: np.ndarray
+    has_places: bool = False
+    is_timed: bool = False
     last_duration: int = 0
 
     @classmethod
-    def from_packets(cls, packets: Iterable[PacketFacts], trust_times: bool = True) -> Timeline:
-        """The timeline of packets in file order; `trust_times` False says that their pts mean nothing."""
+    def from_packets(cls, packets: Iterable[PacketFacts], trust_times: bool = True) -> Timeline | None:
+        """The timeline by the packets' times; None where they have none that can be trusted (decode to find out).
+
+        Args:
+            packets: in file order.
+            trust_times: False says that their pts mean nothing.
+        """
         packets = list(packets)
-        shown = [p for p in packets if p.is_shown]
+        shown = [(p.pts, ordinal) for ordinal, p in enumerate(packets) if p.is_shown]
         if not (trust_times and _has_usable_times(packets)):
-            return cls.counted(len(shown))
-        stamps = np.unique(np.array([p.pts for p in shown], np.int64))
-        # Equal times for most frames are no times. A few are hidden frames of VP8 and the like.
-        if 2 * len(stamps) <= len(shown) and len(shown) > 1:
-            return cls.counted(len(shown))
-        keys = np.unique(np.array([p.pts for p in packets if p.is_key], np.int64))
-        last = max(shown, key=lambda p: p.pts, default=None)
-        return cls(stamps, keys, True, last.duration if last else 0)
+            return None
+        shown.sort()
+        stamps = np.array([pts for pts, _ in shown], np.int64)
+        if np.any(stamps[1:] == stamps[:-1]):
+            return None
+        order = np.array([ordinal for _, ordinal in shown], np.int64)
+        last = packets[order[-1]].duration if len(order) else 0
+        identities, has_places = _identities(packets)
+        points = _seek_points(packets, identities, order)
+        return cls(order, _frames(order, len(packets)), stamps, identities, points, has_places, True, last)
 
     @classmethod
-    def counted(cls, frames: int) -> Timeline:
-        """For files without times: frames are counted from the first one, and there are no seek points."""
-        return cls(np.arange(frames, dtype=np.int64), np.empty(0, np.int64), False)
+    def from_decoding(cls, packets: Sequence[PacketFacts], ordinals: Sequence[int | None]) -> Timeline:
+        """The timeline of a clip that has been decoded once; `ordinals`: each frame's packet, as it came out."""
+        known = [-1 if ordinal is None else ordinal for ordinal in ordinals]
+        order = np.array(known, np.int64)
+        is_clear = -1 not in known and len(set(known)) == len(known)
+        identities, has_places = _identities(packets)
+        points = _seek_points(packets, identities, order if is_clear else order[:0])
+        frames = _frames(order, len(packets)) if is_clear else order[:0]
+        return cls(order, frames, np.arange(len(order), dtype=np.int64), identities, points, has_places)
 
-    def starting_at(self, stamp: int) -> Timeline:
-        """This timeline, given the first stamp that the decoder gives: earlier frames never come out.
-
-        A stamp that no packet announced shows that the times mean nothing; then frames are counted.
-        """
-        if not self.is_timed:
+    def starting_at(self, frame: int) -> Timeline:
+        """This timeline without the frames before this one, which never come out."""
+        if not frame:
             return self
-        at = int(np.searchsorted(self.stamps, stamp))
-        if at == len(self.stamps) or self.stamps[at] != stamp:
-            return self.counted(len(self.stamps))
-        return Timeline(self.stamps[at:], self.keys, True, self.last_duration)
+        points = self.seek_points[self.seek_points[:, 3] >= frame] - [0, 0, 0, frame]
+        frames = np.maximum(self.frames - frame, -1)
+        return replace(self, order=self.order[frame:], stamps=self.stamps[frame:], frames=frames, seek_points=points)
 
-    def key_before(self, stamp: int, steps_back: int = 0) -> int | None:
-        """The last seek point not after `stamp`, or one `steps_back` earlier; None: start at the beginning."""
-        at = int(np.searchsorted(self.keys, stamp, side="right")) - 1 - steps_back
-        return int(self.keys[at]) if at > 0 else None
+    def number(self, ordinal: int | None, counted: int) -> int:
+        """The index of the frame that this packet makes; -1: of none.
 
-    def is_worth_a_seek(self, position: int, stamp: int) -> bool:
-        """Whether jumping to the seek point of `stamp` skips any frame after `position`."""
-        key = self.key_before(stamp)
-        if key is None or key <= position:
-            return False
-        after_position, at_key = np.searchsorted(self.stamps, position, "right"), np.searchsorted(self.stamps, key)
-        return bool(at_key > after_position)
+        Where packets do not tell frames apart it is `counted`: how many came out before.
+        """
+        if not len(self.frames):
+            return counted
+        return int(self.frames[ordinal]) if ordinal is not None and 0 <= ordinal < len(self.frames) else -1
+
+    def without_seek_points(self, last: SeekPoint, count: int) -> Timeline:
+        """This timeline without `last` and the seek points before it, `count` in all."""
+        end = int(np.searchsorted(self.seek_points[:, 0], last.ordinal)) + 1
+        return replace(self, seek_points=np.delete(self.seek_points, slice(max(end - count, 1), end), axis=0))
+
+    def seek_point(self, frame: int, steps_back: int = 0) -> SeekPoint | None:
+        """The last seek point not after `frame`, or one `steps_back` earlier; None: start at the beginning."""
+        at = int(np.searchsorted(self.seek_points[:, 3], frame, side="right")) - 1 - steps_back
+        # The first one is the beginning itself.
+        return SeekPoint(*self.seek_points[at].tolist()) if at > 0 else None
+
+    def is_worth_a_seek(self, fed: int, frame: int) -> bool:
+        """Whether jumping to the seek point of `frame` skips any packet after the one `fed` last."""
+        point = self.seek_point(frame)
+        return point is not None and point.ordinal > fed + 1
 
     def span(self) -> int:
         """From the first frame's start to the last one's end, in the time base; 0 without times."""
         if not self.is_timed or not len(self.stamps):
             return 0
         return int(self.stamps[-1] - self.stamps[0]) + self.last_duration
+
+
+def _frames(order: np.ndarray, packets: int) -> np.ndarray:
+    frames = np.full(packets, -1, np.int64)
+    frames[order] = np.arange(len(order))
+    return frames
+
+
+def identity(place: int | None, content: int, has_places: bool) -> int:
+    """What a packet is recognised by, wherever the reading started. Some containers know no stable places."""
+    return hash((place, content)) if has_places else content
+
+
+def _identities(packets: Sequence[PacketFacts]) -> tuple[np.ndarray, bool]:
+    has_places = all(p.place is not None for p in packets)
+    return np.array([identity(p.place, p.content, has_places) for p in packets], np.int64), has_places
+
+
+def _seek_points(packets: Sequence[PacketFacts], identities: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Key packets that have a time, make a frame and are like no other, as far as their frames ascend with them."""
+    frame_of = {int(ordinal): frame for frame, ordinal in enumerate(order)}
+    names = identities.tolist()
+    alike = Counter(names)
+    points: list[tuple[int, int, int, int]] = []
+    for ordinal, packet in enumerate(packets):
+        if not packet.is_key or packet.pts is None or ordinal not in frame_of:
+            continue
+        is_first, frame = not points, frame_of[ordinal]
+        if is_first or (alike[names[ordinal]] == 1 and frame > points[-1][3]):
+            points.append((ordinal, packet.pts, packet.pts if packet.dts is None else packet.dts, frame))
+    return np.array(points, np.int64).reshape(-1, 4)
 
 
 def _has_usable_times(packets: list[PacketFacts]) -> bool:

@@ -161,19 +161,20 @@ class TestFramesThatNeverComeOut:
         options = {"lag-in-frames": "0", "deadline": "realtime", "cpu-used": "8"}
         return clips.write(tmp_path / "hidden.webm", codec="libvpx", options=options, change=hide)
 
-    def test_the_next_frame_comes_instead(self, hidden: Path, clips: Any) -> None:
-        expected = [7 if i in (5, 6) else 26 if i == 25 else 38 if i == 39 else i for i in range(40)]
+    def test_are_not_counted(self, hidden: Path, clips: Any) -> None:
+        expected = [i for i in range(40) if i not in (5, 6, 25, 39)]
         with Video.open(hidden) as video:
-            assert numbers(video, list(range(40)), clips) == expected
-            assert numbers(video, [39, 25, 6, 5], clips) == [38, 26, 7, 7]
+            assert video.info.frame_count == 36
+            assert numbers(video, list(range(36)), clips) == expected
+            assert numbers(video, [35, 23, 5, 4], clips) == [38, 26, 7, 4]
 
-    def test_without_decoding_again(self, hidden: Path, clips: Any) -> None:
+    def test_are_not_decoded_again(self, hidden: Path, clips: Any) -> None:
         with Video.open(hidden) as video:
-            assert numbers(video, [4, 5, 5, 6, 7], clips) == [4, 7, 7, 7, 7]
+            assert numbers(video, [4, 5, 5, 6, 7], clips) == [4, 7, 7, 8, 9]
             assert video.frames_decoded < 12
 
     def test_sought_directly(self, hidden: Path, clips: Any) -> None:
-        for index, number in ((6, 7), (25, 26), (39, 38)):
+        for index, number in ((5, 7), (23, 26), (35, 38)):
             with Video.open(hidden) as video:
                 assert numbers(video, [index, index], clips) == [number, number]
 

@@ -1,0 +1,206 @@
+"""A clip: the frame of any index, by jumps where they are safe and from the beginning where they are not.
+
+Imports av, numpy, sfexport.errors and its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+
+import av
+import numpy as np
+
+from sfexport.errors import VideoError
+from sfexport.video.containers import CONVERT_HINT, PICTURES, explained, times_are_usable
+from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost
+from sfexport.video.files import VideoInfo
+from sfexport.video.rgb import RgbConverter, stored_orientation
+from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline
+
+# Frames decoded on opening, to see that they come in the order of their times and one per packet.
+TRIED_FRAMES = 8
+Numbered = tuple[int, av.VideoFrame]  # the frame's index, and the frame
+
+
+class Clip:
+    """A video stream, its timeline, and a decoder that stands somewhere on it."""
+
+    def __init__(self, path: Path, shape: str | None = None, shown: Path | None = None) -> None:
+        """Open a clip, list its packets and decode its first frames.
+
+        Args:
+            shape: FFmpeg's name of the file's format; None: FFmpeg finds out.
+            shown: what messages and `info.path` name instead of `path`.
+
+        Raises:
+            VideoError: it holds no video, or the video cannot be decoded.
+        """
+        self._path = shown or path
+        self._rgb = RgbConverter(self._path)
+        with explained(self._path):
+            self._decoder = Decoder(path, shape, self._path)
+        self._is_closed = False
+        try:
+            with explained(self._path):
+                self._timeline = self._read_timeline(self._decoder.list_packets())
+                self._advance_from_start(0)
+                self._orientation = stored_orientation(self._latest, self._decoder.first_payload)
+                self.info = self._describe()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def frames_decoded(self) -> int:
+        return self._decoder.frames_decoded
+
+    def close(self) -> None:
+        self._decoder.close()
+        self._is_closed = True
+
+    def frame(self, index: int) -> np.ndarray:
+        """uint8 RGB [height, width, 3] of the frame at this position in presentation order."""
+        if self._is_closed:
+            raise VideoError(f"'{self._path}' has been closed.", "Take its frames while it is open.")
+        with explained(self._path):
+            if index < self._at or self._timeline.is_worth_a_seek(self._decoder.fed, index):
+                self._jump(index)
+            else:
+                self._go_on(index)
+            if self._picture is None:
+                self._picture = self._orientation.upright(self._rgb.convert(self._latest))
+        return self._picture
+
+    # Moving about.
+
+    def _jump(self, index: int) -> None:
+        """Decode from the last seek point that gives this frame.
+
+        Usually that is the last one before it. Some do not give what they promise (gradual refresh, containers that
+        land elsewhere, wrong flags): those are forgotten, more of them each time, in the end all.
+        """
+        for tries in count():
+            point = self._timeline.seek_point(index)
+            if point is None:
+                break
+            self._stand(self._from_seek_point(point), before=point.frame, jumped_to=point)
+            try:
+                self._advance_to(index)
+                return
+            except Lost:
+                self._timeline = self._timeline.without_seek_points(point, 2**tries)
+        self._stand(self._numbered(self._decoder.from_start()), before=0)
+        self._advance_from_start(index)
+
+    def _go_on(self, index: int) -> None:
+        """Where a jump proves wrong only later on, jump again: what stands on its seek point is forgotten."""
+        if self._jumped_to is None:
+            self._advance_from_start(index)
+            return
+        try:
+            self._advance_to(index)
+        except Lost:
+            self._timeline = self._timeline.without_seek_points(self._jumped_to, 1)
+            self._jump(index)
+
+    def _advance_from_start(self, index: int) -> None:
+        try:
+            self._advance_to(index)
+        except Lost as error:
+            raise VideoError(
+                f"'{self._path}' lists a frame{self._time_of(index)} that its decoder does not give in its place.",
+                REPAIR_HINT,
+            ) from error
+
+    def _stand(self, output: Iterator[Numbered], before: int, jumped_to: SeekPoint | None = None) -> None:
+        """`output` gives the frames from number `before` on, after a jump to this point if there was one."""
+        self._output, self._at, self._jumped_to = output, before - 1, jumped_to
+        self._latest, self._picture = None, None
+
+    def _advance_to(self, index: int) -> None:
+        """Raises Lost where the next frame that comes is not the next one in order."""
+        while self._at < index:
+            expected = self._at + 1
+            # Past all, so that after an error the latest frame does not answer for those behind it.
+            self._at = len(self._timeline.order)
+            number, frame = next(self._output, (-1, None))
+            if number != expected:
+                raise Lost
+            self._at, self._latest, self._picture = number, frame, None
+
+    def _from_seek_point(self, point: SeekPoint) -> Iterator[Numbered]:
+        """The frames from this point's on. Those before it refer to what was not decoded, and are left out."""
+        for number, frame in self._numbered(self._decoder.from_seek_point(point, self._timeline)):
+            if number < point.frame:
+                continue
+            if frame.is_corrupt or (number == point.frame and not _stands_alone(frame)):
+                raise Lost
+            yield number, frame
+
+    def _numbered(self, frames: Iterator[Decoded]) -> Iterator[Numbered]:
+        for counted, (ordinal, frame) in enumerate(frames):
+            yield self._timeline.number(ordinal, counted), frame
+
+    # Opening.
+
+    def _read_timeline(self, facts: list[PacketFacts]) -> Timeline:
+        """By the packets' times; where they cannot be trusted or the first frames contradict them, by decoding all.
+
+        Leaves the decoder before the first frame.
+        """
+        timeline = None
+        if times_are_usable(self._decoder.container, self._decoder.stream, facts):
+            timeline = Timeline.from_packets(facts)
+        if timeline is not None:
+            tried, rest, is_complete = self._try_first_frames()
+            numbers = [timeline.number(ordinal, 0) for ordinal, _ in tried]
+            first = numbers[0] if numbers else -1
+            if is_complete:
+                is_complete = first + len(tried) == len(timeline.order)
+            if first >= 0 and numbers == list(range(first, first + len(numbers))) and is_complete is not False:
+                self._timeline = timeline.starting_at(first)
+                self._stand(self._numbered(chain(tried, rest)), before=0)
+                return self._timeline
+        self._timeline = Timeline.from_decoding(facts, [ordinal for ordinal, _ in self._decoder.from_start()])
+        if not len(self._timeline.order):
+            raise VideoError(f"No frame of '{self._path}' can be decoded.", f"It may be damaged. {CONVERT_HINT}")
+        self._stand(self._numbered(self._decoder.from_start()), before=0)
+        return self._timeline
+
+    def _try_first_frames(self) -> tuple[list[Decoded], Iterator[Decoded], bool | None]:
+        """Some frames, what follows them, and whether that is the end: None where more may come, or damage."""
+        frames, tried = self._decoder.from_start(), []
+        try:
+            tried.extend(islice(frames, TRIED_FRAMES))
+        except VideoError as error:
+            return tried, _failing(error), None
+        return tried, frames, None if len(tried) == TRIED_FRAMES else True
+
+    def _describe(self) -> VideoInfo:
+        stream, timeline = self._decoder.stream, self._timeline
+        frames, seconds = len(timeline.order), float(timeline.span() * stream.time_base)
+        size = self._orientation.size(self._latest.width, self._latest.height)
+        if frames == 1 and self._decoder.container.format.name in PICTURES.split(","):
+            return VideoInfo(self._path, 1, 1.0, *size, 0.0, self._orientation.degrees, is_picture=True)
+        rate = float(stream.average_rate or stream.guessed_rate or (frames / seconds if seconds else 1))
+        return VideoInfo(self._path, frames, rate, *size, seconds or frames / rate, self._orientation.degrees)
+
+    def _time_of(self, index: int) -> str:
+        timeline = self._timeline
+        if not timeline.is_timed or index >= len(timeline.stamps):
+            return ""
+        ticks = int(timeline.stamps[index] - timeline.stamps[0])
+        return f" about {float(ticks * self._decoder.stream.time_base):.1f} seconds in"
+
+
+def _stands_alone(frame: av.VideoFrame) -> bool:
+    """Decoders that do not tell types apart mark their key frames at least."""
+    kind = int(frame.pict_type)
+    return kind == int(av.video.frame.PictureType.I) or (not kind and frame.key_frame)
+
+
+def _failing(error: VideoError) -> Iterator[Decoded]:
+    raise error
+    yield

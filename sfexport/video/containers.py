@@ -1,0 +1,175 @@
+"""Opening a file with PyAV: which formats are taken, which stream is the video, and its packets.
+
+Imports av, sfexport.errors and timeline. Other files name other files (playlists, patterns) or are no recordings at
+all (drawn text, subtitles): a format that is not listed here is refused before anything in it is followed.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import av.error
+
+from sfexport.errors import VideoError
+from sfexport.video.timeline import PacketFacts
+
+KINDS_HINT = "MP4, MOV, MKV, WebM, AVI and MPEG files work, and PNG, JPEG, WebP and BMP pictures."
+CONVERT_HINT = "Convert it first, for example: ffmpeg -i INPUT -c:v libx264 -pix_fmt yuv420p OUTPUT.mp4"
+
+# FFmpeg's names. Each holds its frames itself.
+RECORDINGS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,mxf,nut,ivf,dv,"
+    "rm,wtv,gxf,nsv,nuv,swf,av1,obu,h264,hevc,vvc,evc,m4v,h261,h263,vc1,vc1test,dirac,cavsvideo,avs2,avs3,apv,dnxhd,"
+    "mjpeg,mjpeg_2000,mpjpeg,smjpeg,gif,apng,yuv4mpegpipe,flic,roq,bink,smk,thp,4xm,film_cpk,ivr,pva,dxa,ffm,amv,"
+    "cine,rpl,vmd,mv,r3d,ser,ty,wc3movie,xmv,filmstrip,jpegxl_anim,webp_anim,lvf,dhav"
+)
+PICTURES = (
+    "png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,ppm_pipe,pgm_pipe,pgmyuv_pipe,pbm_pipe,pam_pipe,pcx_pipe,"
+    "sgi_pipe,sunrast_pipe,j2k_pipe,jpegls_pipe,jpegxl_pipe,jpegxs_pipe,qoi_pipe,dpx_pipe,psd_pipe,dds_pipe,"
+    "exr_pipe,hdr_pipe,pfm_pipe,phm_pipe,gif_pipe,cri_pipe,gem_pipe,pgx_pipe,photocd_pipe,pictor_pipe,qdraw_pipe,"
+    "xbm_pipe,xpm_pipe,xwd_pipe,vbn_pipe,ico"
+)
+# Text that names other files, by how it begins. Looked at only to say what it is.
+PLAYLISTS = {b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files (ffconcat)", b"v=0": "a session description"}
+PLAYLIST_ROOTS = {b"<MPD": "a DASH manifest", b"<SmoothStreamingMedia": "a Smooth Streaming manifest"}
+MAX_PIXELS = 178_956_970  # of a frame; where Pillow sees an attack, too
+NOT_CODED_VOP_SIZE = 10  # bytes; MPEG-4 marks a repeated frame by so small a packet, and decoders give nothing for it
+MPEG4_CODECS = ("mpeg4", "msmpeg4v3", "msmpeg4", "msmpeg4v2")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what av raises into a VideoError."""
+    try:
+        yield
+    except av.error.DecoderNotFoundError as error:
+        raise _unknown_codec(path) from error
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
+        raise VideoError(f"'{path}' is not a video or picture, or it is damaged or incomplete.", KINDS_HINT) from error
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+        raise VideoError(f"'{path}' cannot be read as a video ({reason}).", KINDS_HINT) from error
+
+
+def open_container(path: Path, shape: str | None = None) -> av.container.InputContainer:
+    """Open a regular file and nothing else.
+
+    Args:
+        shape: FFmpeg's name of the format, where it is known; None: by content and name.
+
+    Raises:
+        VideoError: a playlist, or another format that does not hold its frames itself.
+    """
+    # Absolute, so that no part of a name is taken for a protocol.
+    options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES}"}
+    try:
+        return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", options=options)
+    except av.error.ArgumentError as error:
+        # What FFmpeg answers for a format that is not listed.
+        playlist = _playlist(path)
+        if playlist:
+            raise VideoError(
+                f"'{path}' is {playlist}, which names other files and is no video itself.", "Name one of them."
+            ) from error
+        raise VideoError(f"'{path}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
+
+
+def _playlist(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, name in PLAYLISTS.items():
+        if head.startswith(start):
+            return name
+    return next((name for root, name in PLAYLIST_ROOTS.items() if root in head), None)
+
+
+def video_streams(container: av.container.InputContainer, path: Path) -> list[av.VideoStream]:
+    """The video streams without cover art and thumbnails, the main one first.
+
+    The main one is what FFmpeg's av_find_best_stream chooses, by disposition, frames seen and bit rate.
+
+    Raises:
+        VideoError: there is none, or none that can be decoded.
+    """
+    aside = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & aside]
+    if not streams:
+        raise VideoError(f"'{path}' contains no video.", "Audio and subtitles alone cannot be looked at.")
+    best = container.streams.best("video")
+
+    def preference(stream: av.VideoStream) -> tuple[bool, bool, int]:
+        context = stream.codec_context
+        pixels = context.width * context.height if context else 0
+        is_default = bool(stream.disposition & av.stream.Disposition.default)
+        return best is None or stream.index != best.index, not is_default, -pixels
+
+    return sorted(streams, key=preference)
+
+
+def prepare(stream: av.VideoStream, path: Path) -> av.VideoStream:
+    """Set a stream to decode on all cores, within a limit of pixels."""
+    codec = stream.codec_context
+    if codec is None:
+        raise _unknown_codec(path)
+    if codec.width * codec.height > MAX_PIXELS:
+        raise VideoError(
+            f"'{path}' has frames of {codec.width}x{codec.height} pixels; at most {MAX_PIXELS:,} are taken.",
+            "Scale it down first.",
+        )
+    if not codec.is_open:
+        codec.options = {**codec.options, "max_pixels": str(MAX_PIXELS)}
+        codec.thread_type = "AUTO"
+    return stream
+
+
+def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets with something in them, as far as the file can be read.
+
+    A last one that is flagged corrupt is where the file was cut off, and left out. Elsewhere the flag means a
+    loss in transmission, which decoders cover up better than a missing frame.
+    """
+    held = None
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                if held is not None:
+                    yield held
+                held = packet
+    # IndexError: PyAV at the very end of files in which FFmpeg found another stream on the way.
+    except (av.error.InvalidDataError, av.error.EOFError, IndexError):
+        pass
+    if held is not None and not held.is_corrupt:
+        yield held
+
+
+def packet_facts(packet: av.Packet, codec: str) -> PacketFacts:
+    # VP8 packs a frame that is only referred to into a packet of its own; the bit says whether it is shown.
+    is_hidden = codec in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
+    is_shown = not (packet.is_discard or is_hidden)
+    duration = packet.duration or 0
+    return PacketFacts(
+        packet.pts, packet.dts, duration, packet.is_keyframe, is_shown, packet.pos, content(packet), packet.size
+    )
+
+
+def content(packet: av.Packet) -> int:
+    """A hash of its size and beginning."""
+    return hash((packet.size, zlib.crc32(memoryview(packet)[:1024])))
+
+
+def times_are_usable(container: av.container.InputContainer, stream: av.VideoStream, facts: list[PacketFacts]) -> bool:
+    """Whether the packets' times are the file's own, and each packet makes one frame."""
+    delays = {p.pts - p.dts for p in facts if p.pts is not None and p.dts is not None}
+    # AVI stores decoding order only; FFmpeg's times are a guess, wrong where frames are reordered.
+    is_guess = container.format.name == "avi" and stream.codec_context.has_b_frames and len(delays) == 1
+    is_mpeg4 = stream.codec_context.name in MPEG4_CODECS
+    return not is_guess and not (is_mpeg4 and any(p.size <= NOT_CODED_VOP_SIZE for p in facts))
+
+
+def _unknown_codec(path: Path) -> VideoError:
+    return VideoError(f"The video codec of '{path}' is unknown to PyAV, or the file is incomplete.", CONVERT_HINT)

@@ -1,0 +1,167 @@
+"""A container and the decoder of its video stream: frames from the beginning or from a seek point.
+
+Imports av, sfexport.errors and its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import av
+import av.error
+
+from sfexport.errors import VideoError
+from sfexport.video.containers import content, open_container, packet_facts, packets, prepare, video_streams
+from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline, identity
+
+REPAIR_HINT = "Get a whole copy, or leave out what is damaged: ffmpeg -i INPUT OUTPUT.mp4"
+Decoded = tuple["int | None", av.VideoFrame]  # the ordinal of the packet that it is made of, and the frame
+
+
+class Lost(Exception):
+    """A jump does not lead where it should. Nothing is wrong with the file: start earlier."""
+
+
+class Decoder:
+    """Every packet goes into the decoder stamped with its ordinal (see `Timeline`), so that a frame is known by the
+    packet that it is made of, whatever times the container gives after a jump.
+
+    Attributes:
+        stream: the video stream; another object each time that the file is opened anew.
+        fed: the ordinal of the packet that went into the decoder last; it runs ahead of the frames that come out.
+        frames_decoded: frames that came out so far.
+        first_payload: the first packet's bytes.
+    """
+
+    def __init__(self, path: Path, shape: str | None, shown: Path) -> None:
+        self.frames_decoded, self.fed, self.first_payload = 0, -1, b""
+        self._file, self._shape, self._path = path, shape, shown
+        self._stream_index: int | None = None
+        self._seek_ordinals: tuple[object, dict[int, int]] = (None, {})
+        self._open()
+
+    def close(self) -> None:
+        self.container.close()
+
+    def list_packets(self) -> list[PacketFacts]:
+        """The packets of the main video stream; of the next best where it is empty."""
+        for stream in video_streams(self.container, self._path):
+            self._stream_index = stream.index
+            self.rewind()
+            codec = self.stream.codec_context.name
+            facts = [packet_facts(packet, codec) for packet in packets(self.container, self.stream)]
+            if facts:
+                return facts
+        raise VideoError(f"'{self._path}' has a video stream without any frames.", "Record or convert it again.")
+
+    def rewind(self) -> None:
+        """Opening anew goes back to the beginning in every container, with or without times."""
+        self.container.close()
+        self._open()
+
+    def from_start(self) -> Iterator[Decoded]:
+        """All frames. A recording cut out of a broadcast begins with packets that refer to nothing: left out.
+
+        Raises:
+            VideoError: when damage is reached.
+        """
+        self.rewind()
+        has_begun = False
+        numbered = enumerate(packets(self.container, self.stream))
+        for ordinal, packet in chain(numbered, ((None, None),)):
+            if not self.first_payload and packet is not None:
+                self.first_payload = bytes(packet)
+            time = self._time_of(packet)
+            try:
+                frames = self._decode(ordinal, packet)
+            except av.error.FFmpegError as error:
+                if has_begun:
+                    raise self._damaged(time) from error
+                continue
+            for frame in frames:
+                if frame.is_corrupt:  # what it refers to is missing
+                    if has_begun:
+                        raise self._damaged(time)
+                    continue
+                has_begun = True
+                yield frame.pts, frame
+
+    def from_seek_point(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
+        """The frames from this point's on, those before it in presentation order included as far as they come.
+
+        Raises:
+            Lost: the container does not lead there, or a packet cannot be decoded from there.
+        """
+        try:
+            for ordinal, packet in chain(self._landed(point, timeline), ((None, None),)):
+                for frame in self._decode(ordinal, packet):
+                    yield frame.pts, frame
+        except av.error.FFmpegError as error:
+            raise Lost from error
+
+    def _decode(self, ordinal: int | None, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """`packet` None makes the decoder give what it holds back."""
+        if packet is not None:
+            packet.pts, packet.dts, self.fed = ordinal, None, ordinal
+        frames = self.stream.decode(packet)
+        self.frames_decoded += len(frames)
+        return frames
+
+    def _landed(self, point: SeekPoint, timeline: Timeline) -> Iterator[tuple[int, av.Packet]]:
+        """(ordinal, packet) from the seek point on, each recognised by its content."""
+        # Some containers look for presentation times and some for decoding times, and land behind the point if asked
+        # for the other.
+        for time in sorted({point.pts, point.dts}, reverse=True):
+            self.container.seek(time, stream=self.stream, backward=True)
+            following = packets(self.container, self.stream)
+            first = self._find(point, timeline, following)
+            if first is not None:
+                break
+        else:
+            raise Lost
+        identities = timeline.identities
+        for ordinal, packet in enumerate(chain((first,), following), point.ordinal):
+            if ordinal >= len(identities) or _identity(packet, timeline) != identities[ordinal]:
+                raise Lost
+            yield ordinal, packet
+
+    def _find(self, point: SeekPoint, timeline: Timeline, following: Iterator[av.Packet]) -> av.Packet | None:
+        """The seek point's packet; None if a later one comes before it."""
+        ordinals = self._ordinals_of_seek_points(timeline)
+        for packet in following:
+            landed = ordinals.get(_identity(packet, timeline), -1)
+            if landed >= point.ordinal:
+                return packet if landed == point.ordinal else None
+        return None
+
+    def _ordinals_of_seek_points(self, timeline: Timeline) -> dict[int, int]:
+        if self._seek_ordinals[0] is not timeline:
+            ordinals = timeline.seek_points[:, 0]
+            found = dict(zip(timeline.identities[ordinals].tolist(), ordinals.tolist(), strict=True))
+            self._seek_ordinals = timeline, found
+        return self._seek_ordinals[1]
+
+    def _damaged(self, time: str) -> VideoError:
+        return VideoError(f"'{self._path}' is damaged{time}: the frame there cannot be decoded.", REPAIR_HINT)
+
+    def _time_of(self, packet: av.Packet | None) -> str:
+        if packet is None or packet.pts is None or packet.time_base is None:
+            return ""
+        ticks = packet.pts - (self.stream.start_time or 0)
+        return f" about {float(ticks * packet.time_base):.1f} seconds in" if ticks >= 0 else ""
+
+    def _open(self) -> None:
+        self.container = open_container(self._file, self._shape)
+        try:
+            streams = video_streams(self.container, self._path)
+            wanted = [s for s in streams if s.index == self._stream_index] or streams
+            self.stream = prepare(wanted[0], self._path)
+        except BaseException:
+            self.close()
+            raise
+
+
+def _identity(packet: av.Packet, timeline: Timeline) -> int:
+    return identity(packet.pos, content(packet), timeline.has_places)
