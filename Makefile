@@ -4,13 +4,17 @@ VENV := .venv
 READY := $(VENV)/.ready
 SOURCES := sfexport optimum tests benchmarks examples
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 
 demo: $(READY)
 	$(VENV)/bin/sfexport demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q
+
+# Hostile input, damage and kills in large: FUZZ='--seed 7 --minutes 20' for other ones.
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz $(FUZZ)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check $(SOURCES)
