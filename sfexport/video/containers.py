@@ -34,6 +34,8 @@ PICTURES = (
     "exr_pipe,hdr_pipe,pfm_pipe,phm_pipe,gif_pipe,cri_pipe,gem_pipe,pgx_pipe,photocd_pipe,pictor_pipe,qdraw_pipe,"
     "xbm_pipe,xpm_pipe,xwd_pipe,vbn_pipe,ico"
 )
+# Opened to say that they hold no video.
+SOUNDS = "wav,w64,mp3,flac,aac,ac3,eac3,dts,aiff,au,caf,amr,ape,wv,tta"
 # Text that names other files, by how it begins. Looked at only to say what it is.
 PLAYLISTS = {b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files (ffconcat)", b"v=0": "a session description"}
 PLAYLIST_ROOTS = {b"<MPD": "a DASH manifest", b"<SmoothStreamingMedia": "a Smooth Streaming manifest"}
@@ -66,7 +68,7 @@ def open_container(path: Path, shape: str | None = None) -> av.container.InputCo
         VideoError: a playlist, or another format that does not hold its frames itself.
     """
     # Absolute, so that no part of a name is taken for a protocol.
-    options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES}"}
+    options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES},{SOUNDS}"}
     try:
         return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", options=options)
     except av.error.ArgumentError as error:
