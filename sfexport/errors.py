@@ -44,7 +44,15 @@ class VideoError(InputError):
 
 
 class MissingDependency(SfexportError):
-    """An optional library is needed for this command and is not installed."""
+    """An optional library is needed for this command and is not installed, or too old.
 
-    def __init__(self, library: str, purpose: str, install: str) -> None:
-        super().__init__(f"{purpose} needs the library '{library}', which is not installed.", f"Install it: {install}")
+    Args:
+        found, oldest: the version that is installed and too old, and the oldest that is not.
+    """
+
+    def __init__(self, library: str, purpose: str, install: str, found: str = "", oldest: str = "") -> None:
+        if found:
+            needs = f"the library '{library}' {oldest} or later; {found} is installed"
+        else:
+            needs = f"the library '{library}', which is not installed"
+        super().__init__(f"{purpose} needs {needs}.", f"Install it: {install}")

@@ -1,4 +1,4 @@
-"""Weights in huge pages: starting a command again with an allocator that asks for them. Imports nothing of sfexport.
+"""Weights in huge pages: starting a command again with an allocator that asks for them.
 
 Decoding on a CPU streams all weights through memory for every token, and in pages of 4 KB the processor's address
 lookups hold it back: with 2 MB pages the full-size INT4 decoder was 1.05 to 1.3 times as fast
@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+
+from sfexport.versions import is_older
 
 TUNABLES = "GLIBC_TUNABLES"
 SETTING = "glibc.malloc.hugetlb=1"
@@ -35,7 +37,7 @@ def _helps() -> bool:
     import platform  # not needed by those that only want help
 
     library, version = platform.libc_ver()
-    if library != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < _FIRST_GLIBC:
+    if library != "glibc" or is_older(version, _FIRST_GLIBC):
         return False
     try:
         return "[madvise]" in _ENABLED.read_text()

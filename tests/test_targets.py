@@ -17,8 +17,8 @@ from sfexport.machines.targets import (
     match_machine,
     newest_ptx_isa,
     oldest_cuda,
-    version,
 )
+from sfexport.versions import NEWEST_TENSORRT, OLDEST, version_numbers
 
 ALL = [target for choices in load_targets().values() for target in choices]
 ORINS = ["jetson-orin-agx-64", "jetson-orin-agx-32", "jetson-orin-nx-16", "jetson-orin-nx-8", "jetson-orin-nano-8"]
@@ -33,8 +33,8 @@ def test_the_rows_are_those_of_the_design() -> None:
 def test_every_row_is_whole(target: Target) -> None:
     assert target.name.startswith("jetson") == (target.jetpack is not None) == target.shared_memory
     assert target.sm in SMS
-    assert (10, 3) <= version(target.tensorrt) <= (11, 4)
-    assert version(target.python) >= (3, 10)
+    assert OLDEST["tensorrt"] <= version_numbers(target.tensorrt) <= NEWEST_TENSORRT
+    assert version_numbers(target.python) >= OLDEST["python"]
     assert {"fp32", "fp16", "bf16"} <= set(target.precisions)
     assert ("fp8" in target.precisions) == (target.sm >= 89)
     assert ("nvfp4" in target.precisions) == (target.sm >= 100)
@@ -63,7 +63,7 @@ def test_the_kernel_compiles_for_it(target: Target) -> None:
 def test_ptx_of_a_cuda_version(cuda: str, isa: int) -> None:
     assert newest_ptx_isa(cuda) == isa
     if isa:
-        assert version(oldest_cuda(isa)) <= version(cuda)
+        assert version_numbers(oldest_cuda(isa)) <= version_numbers(cuda)
 
 
 def test_what_no_kernel_or_driver_is_known_for_is_refused() -> None:

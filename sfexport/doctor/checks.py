@@ -1,6 +1,6 @@
 """The single checks of `sfexport doctor`: a Machine and a Target in, one Line out.
 
-May import sfexport.machines.machine and sfexport.machines.targets; asks the system nothing.
+Asks the system nothing.
 """
 
 from __future__ import annotations
@@ -8,20 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sfexport.kernels.plan import SMS
 from sfexport.machines.machine import Machine
-from sfexport.machines.targets import Target, match_machine, newest_ptx_isa, oldest_cuda, version
+from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine, newest_ptx_isa, oldest_cuda
+from sfexport.versions import (
+    NEW_NUMPY,
+    NEWEST_TENSORRT,
+    OLDEST,
+    OLDEST_JETPACK,
+    aot_needs_old_numpy,
+    is_older,
+    maps_weights,
+    version_numbers,
+    version_text,
+)
 
-OLDEST_PYTHON = (3, 10)
-OLDEST_JETPACK = (6, 1)  # 6.0 has TensorRT 8.6
-OLDEST_TENSORRT, NEWEST_TENSORRT = (10, 3), (11, 4)
-OLDEST_CUDA, OLDEST_SM, OLDEST_ISA = "12.5", 80, 85
-# TensorRT from 10.9 to 10.16 compiles quick plugins through an interface that NumPy 2.4 has dropped.
-QUICK_PLUGINS = ((10, 9), (11, 0))
-NUMPY_TOO_NEW = (2, 4)
+OLDEST_SM = min(SMS)
 # The released 8.5 B model: its engines in fp16; all in float32.
 ENGINES_GB, FLOAT32_GB = 15.9, 34.0
 # Building its decoder in 16 bits, without and with weights that the parser reads where they lie (engines/memory.py).
-JETSON_BUILD_GB, HOST_BUILD_GB, FIRST_MAPPED = (44.0, 29.9), (28.3, 14.1), (10, 13)
+JETSON_BUILD_GB, HOST_BUILD_GB = (44.0, 29.9), (28.3, 14.1)
 OK, WARNING, MISSING = "ok", "warning", "missing"
 APT_TENSORRT = "python3-libnvinfer python3-libnvinfer-dev tensorrt"
 _NOT_NEEDED = "not needed to build or answer"
@@ -66,10 +72,11 @@ def _machine(machine: Machine, target: Target | None) -> Line:
 def _python(machine: Machine, target: Target | None) -> Line:
     """A JetPack's TensorRT bindings are compiled for its own Python and no other."""
     seen = machine.python + (" in a venv" if machine.in_venv else "")
-    if version(machine.python) < OLDEST_PYTHON:
-        return Line("Python", seen, "3.10 or later", MISSING, "Install Python 3.10 or later.")
+    oldest = f"{version_text(OLDEST['python'])} or later"
+    if is_older(machine.python, OLDEST["python"]):
+        return Line("Python", seen, oldest, MISSING, f"Install Python {oldest}.")
     if not (machine.jetson_model and target and target.jetpack):
-        return Line("Python", seen, "3.10 or later")
+        return Line("Python", seen, oldest)
     expected = f"{target.python}, JetPack {target.jetpack}'s"
     imports_tensorrt = machine.tensorrt.module and not machine.tensorrt.error
     if imports_tensorrt or not _wrong_python(machine, target):
@@ -78,7 +85,7 @@ def _python(machine: Machine, target: Target | None) -> Line:
 
 
 def _wrong_python(machine: Machine, target: Target | None) -> bool:
-    return target is not None and version(machine.python)[:2] != version(target.python)
+    return target is not None and version_numbers(machine.python)[:2] != version_numbers(target.python)
 
 
 def _new_venv() -> str:
@@ -88,19 +95,20 @@ def _new_venv() -> str:
 def _jetpack(machine: Machine, target: Target | None) -> Line | None:
     if machine.jetson_model is None:
         return None
-    expected = target.jetpack if target and target.jetpack else "6.1 or later"
+    oldest = f"{version_text(OLDEST_JETPACK)} or later"
+    expected = target.jetpack if target and target.jetpack else oldest
     if machine.jetpack is None:
         mend = "Its version is not to be seen from here; in a container that does not matter."
         return Line("JetPack", "unknown", expected, WARNING, mend)
     seen = machine.jetpack + (f" (Jetson Linux {machine.l4t})" if machine.l4t else "")
-    if version(machine.jetpack)[:2] < OLDEST_JETPACK:
-        return Line("JetPack", seen, "6.1 or later", MISSING, "Flash JetPack 6.2 or 7.2: TensorRT 8 is too old.")
+    if is_older(machine.jetpack, OLDEST_JETPACK):
+        return Line("JetPack", seen, oldest, MISSING, "Flash JetPack 6.2 or 7.2: TensorRT 8 is too old.")
     return Line("JetPack", seen, expected)
 
 
 def _driver(machine: Machine, target: Target | None) -> Line:
     """It has to take the PTX that kernels are compiled to."""
-    cuda, isa = machine.cuda, target.ptx_isa if target else OLDEST_ISA
+    cuda, isa = machine.cuda, target.ptx_isa if target else kernel_ptx_isa(OLDEST_SM)
     expected = f"CUDA {oldest_cuda(isa)} or later"
     if cuda.cuda is None:
         seen = f"kernel module {cuda.driver}, no libcuda.so.1" if cuda.driver else "none"
@@ -145,20 +153,22 @@ def _build_there(target: Target | None) -> str:
 
 def _tensorrt(machine: Machine, target: Target | None) -> Line:
     found = machine.tensorrt
-    expected = "10.3 to 11.4" + (f"; JetPack's is {target.tensorrt}" if target and target.jetpack else "")
+    expected = f"{version_text(OLDEST['tensorrt'])} to {version_text(NEWEST_TENSORRT)}"
+    if target and target.jetpack:
+        expected += f"; JetPack's is {target.tensorrt}"
     if not found.module:
         seen = f"{found.library}, but no module for this Python" if found.library else "none"
         return Line("TensorRT", seen, expected, MISSING, _tensorrt_mend(machine, target))
     if found.error:
         return Line("TensorRT", f"{found.version or ''} {found.error}".strip(), expected, MISSING, _reinstall(machine))
-    number, seen = version(found.version)[:2], found.version or "unknown"
-    if number < OLDEST_TENSORRT:
+    seen = found.version or "unknown"
+    if is_older(found.version, OLDEST["tensorrt"]):
         mend = "Flash JetPack 6.2 or 7.2." if machine.jetson_model else _install_tensorrt(machine)
         return Line("TensorRT", seen, expected, MISSING, mend)
     if found.cuda and found.cuda > _cuda_major(machine, target):
         seen = f"{seen} for CUDA {found.cuda}"
         return Line("TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda))
-    if number > NEWEST_TENSORRT:
+    if version_numbers(found.version)[:2] > NEWEST_TENSORRT:
         return Line("TensorRT", seen, expected, WARNING, "Newer than any that sfexport was checked against.")
     return Line("TensorRT", seen, expected)
 
@@ -181,12 +191,13 @@ def _tensorrt_mend(machine: Machine, target: Target | None) -> str:
 
 
 def _cuda_major(machine: Machine, target: Target | None) -> int:
-    return (version(machine.cuda.cuda) or version(target.cuda if target else OLDEST_CUDA))[0]
+    oldest = target.cuda if target else oldest_cuda(kernel_ptx_isa(OLDEST_SM))
+    return version_numbers(machine.cuda.cuda or oldest)[0]
 
 
 def _install_tensorrt(machine: Machine) -> str:
     """The package `tensorrt` is for the newest CUDA, 13."""
-    if machine.cuda.cuda and version(machine.cuda.cuda) < (13, 0):
+    if machine.cuda.cuda and is_older(machine.cuda.cuda, (13, 0)):
         return "pip install tensorrt-cu12 'cuda-python<13' triton polygraphy"
     return "pip install 'sfexport[tensorrt]'"
 
@@ -203,28 +214,31 @@ def _reinstall(machine: Machine) -> str:
 
 
 def _numpy(machine: Machine, target: Target | None) -> Line | None:
-    first, end = QUICK_PLUGINS
-    if not first <= version(machine.tensorrt.version)[:2] < end:
+    if not aot_needs_old_numpy(machine.tensorrt.version):
         return None
-    seen, expected = machine.packages["numpy"], "below 2.4 with this TensorRT"
-    if version(seen) >= NUMPY_TOO_NEW:
-        return Line("numpy", seen or "", expected, WARNING, "pip install 'numpy<2.4'")
+    seen, end = machine.packages["numpy"], version_text(NEW_NUMPY)
+    expected = f"below {end} with this TensorRT"
+    if version_numbers(seen) >= NEW_NUMPY:
+        return Line("numpy", seen or "", expected, WARNING, f"pip install 'numpy<{end}'")
     return Line("numpy", seen or "none", expected)
 
 
 def _cuda_python(machine: Machine, target: Target | None) -> Line:
     seen = machine.packages["cuda-python"] or machine.packages["cuda-bindings"]
     major = _cuda_major(machine, target)
-    expected = f"12.6 or later, at most {major}.x"
-    if (12, 6) <= version(seen) < (major + 1,):
+    oldest = version_text(OLDEST["cuda-python"])
+    expected = f"{oldest} or later, at most {major}.x"
+    if OLDEST["cuda-python"] <= version_numbers(seen) < (major + 1,):
         return Line("cuda-python", seen or "", expected)
-    return Line("cuda-python", seen or "none", expected, MISSING, f"pip install 'cuda-python>=12.6,<{major + 1}'")
+    return Line("cuda-python", seen or "none", expected, MISSING, f"pip install 'cuda-python>={oldest},<{major + 1}'")
 
 
 def _triton(machine: Machine, target: Target | None) -> Line:
-    seen, expected = machine.packages["triton"], "3.0 or later, to compile the kernel"
-    if version(seen) < (3, 0):
-        return Line("triton", seen or "none", expected, WARNING, "pip install triton")
+    seen, oldest = machine.packages["triton"], version_text(OLDEST["triton"])
+    expected = f"{oldest} or later, to compile the kernel"
+    if is_older(seen, OLDEST["triton"]):
+        mend = f"pip install 'triton>={oldest}'" if seen else "pip install triton"
+        return Line("triton", seen or "none", expected, WARNING, mend)
     return Line("triton", seen or "", expected)
 
 
@@ -237,14 +251,16 @@ def _torch(machine: Machine, target: Target | None) -> Line:
 
 
 def _onnxruntime(machine: Machine, target: Target | None) -> Line:
+    expected = f"{version_text(OLDEST['onnxruntime'])} or later"
+    package = "onnxruntime-gpu" if (machine.system, machine.architecture) == ("Linux", "x86_64") else "onnxruntime"
     if machine.providers is None:
         seen = f"{machine.onnxruntime}, which cannot be imported" if machine.onnxruntime else "none"
-        gpu = (machine.system, machine.architecture) == ("Linux", "x86_64")
-        mend = f"pip install --force-reinstall {'onnxruntime-gpu' if gpu else 'onnxruntime'}"
-        return Line("onnxruntime", seen, "1.20 or later", MISSING, mend)
+        return Line("onnxruntime", seen, expected, MISSING, f"pip install --force-reinstall {package}")
+    if machine.onnxruntime and is_older(machine.onnxruntime, OLDEST["onnxruntime"]):
+        return Line("onnxruntime", machine.onnxruntime, expected, MISSING, f"pip install --upgrade {package}")
     cuda = machine.gpus and "CUDAExecutionProvider" in machine.providers
     seen = f"{machine.onnxruntime or 'unknown'}, on the {'GPU' if cuda else 'CPU'}"
-    return Line("onnxruntime", seen, "1.20 or later")
+    return Line("onnxruntime", seen, expected)
 
 
 def _memory(machine: Machine, target: Target | None) -> Line:
@@ -252,7 +268,7 @@ def _memory(machine: Machine, target: Target | None) -> Line:
     if not machine.cuda.device:
         needed, expected = FLOAT32_GB, f"{FLOAT32_GB:.0f} GB to run the 8.5 B model in float32 (computed)"
     else:
-        mapped = target is not None and version(target.tensorrt) >= FIRST_MAPPED
+        mapped = target is not None and maps_weights(target.tensorrt)
         # On a Jetson the GPU's share comes out of the same memory.
         sizes = JETSON_BUILD_GB if machine.jetson_model else HOST_BUILD_GB
         needed = sizes[mapped]

@@ -19,7 +19,7 @@ from sfexport.engines.plugin import choose_door, register_plugins
 from sfexport.engines.plugin_operations import KernelSource
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt_build import BuildOptions, OnProgress, build_engine, timing_cache_file
-from sfexport.engines.tensorrt_library import check_driver, library, short_version
+from sfexport.engines.tensorrt_library import check_driver, library
 from sfexport.engines.weight_check import check_weights
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
@@ -29,9 +29,9 @@ from sfexport.machines.machine import Gpu, Machine, look
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.manifest import GRAPHS, Bundle
 from sfexport.printable import sizes_text
+from sfexport.versions import maps_weights
 
 Report = Callable[[str], None]
-FIRST_MAPPED = (10, 13)  # TensorRT versions from here on read weights where they lie
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def check_build_memory(
     Raises:
         SfexportError: naming both sizes.
     """
-    plan = plan_memory(bundle, profiles, short_version(tensorrt_version) >= FIRST_MAPPED)
+    plan = plan_memory(bundle, profiles, maps_weights(tensorrt_version))
     for what, needs, has in memory_needs(plan, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
         if has is not None and needs > has:
             takes, there = sizes_text(1e9 * needs, 1e9 * has)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from sfexport.errors import MissingDependency, SfexportError
+from sfexport.versions import OLDEST, version_text
 
-INSTALL = "pip install 'sfexport[tensorrt]'"
+INSTALL = f"pip install 'cuda-python>={version_text(OLDEST['cuda-python'])}' (below 13 with a driver for CUDA 12)"
 NO_DRIVER = "On a Jetson it comes with JetPack; elsewhere install NVIDIA's driver. See `sfexport doctor`."
 
 
@@ -39,7 +40,13 @@ def call(name: str, *arguments: Any) -> Any:
     driver = bindings()
     try:
         status, *results = getattr(driver, name)(*arguments)
-    except RuntimeError as error:  # libcuda cannot be loaded
+    except RuntimeError as error:
+        if "not found" in str(error) and name in str(error):
+            raise SfexportError(
+                f"This machine's NVIDIA driver has no {name}, which cuda-python calls ({error}).",
+                "cuda-python is newer than the driver; `sfexport doctor` names the version to install.",
+            ) from None
+        # libcuda cannot be loaded
         raise SfexportError(f"There is no NVIDIA driver on this machine ({error}).", NO_DRIVER) from None
     if int(status) != 0:
         raise SfexportError(f"CUDA's {name} failed: {_error_text(driver, status)}.", _hint(status))

@@ -20,9 +20,9 @@ from sfexport.facts import ModelFacts
 from sfexport.graphs import names
 from sfexport.graphs.fast_path import cell_weights, frame_weights
 from sfexport.manifest import GRAPHS
+from sfexport.versions import FIRST_WEIGHTS_FOLDER, is_older
 
 RUNTIME = "onnxruntime"
-FIRST_WITH_FOLDER = (1, 21)  # versions from here on honour the option below
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 _BLOCK_SIZE = "session.qdq_matmulnbits_block_size"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -78,7 +78,7 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
     """
     ort, weights = _library(), weights_directory.resolve()
     try:
-        if _version(ort.__version__) < FIRST_WITH_FOLDER:
+        if is_older(ort.__version__, FIRST_WEIGHTS_FOLDER):
             return _open_beside_links(ort, graph, weights)
         options = ort.SessionOptions()
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(weights))
@@ -96,10 +96,6 @@ def _open_beside_links(ort: Any, graph: Path, weights: Path) -> Any:
             if file.name != graph.name:
                 (Path(folder) / file.name).symlink_to(file)
         return ort.InferenceSession(shutil.copy(graph, folder), providers=providers())
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _float32(value: Any) -> np.ndarray:

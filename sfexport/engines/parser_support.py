@@ -7,7 +7,6 @@ one can still fail to build. Imports onnx; may import sfexport.tables and errors
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from sfexport.engines.parser_rules import (
 )
 from sfexport.errors import InputError
 from sfexport.tables import read_table
+from sfexport.versions import version_numbers, version_text
 
 PLUGIN_ATTRIBUTES = frozenset({"plugin_namespace", "plugin_version"})
 _Key = tuple[str, str]  # a node's domain and operator
@@ -91,17 +91,17 @@ def support_for(version: str) -> ParserSupport:
         InputError: no version, or older than the table.
         MissingDependency: Python 3.10 without tomli.
     """
-    wanted = _numbers(version)
-    if not wanted:
+    wanted = version_numbers(version)[:2]
+    if len(wanted) < 2:
         raise InputError(f"{version!r} is not a TensorRT version.", "Write it as in 10.3 or 10.16.1.")
     rows = _rows()
-    known = [row for row in rows if _numbers(row.row) <= wanted]
+    known = [row for row in rows if version_numbers(row.row) <= wanted]
     if not known:
         raise InputError(
             f"TensorRT {version} is older than {rows[0].row}, the oldest version sfexport's graphs are for.",
             "JetPack 6.1 and later have it.",
         )
-    return replace(known[-1], version=".".join(map(str, wanted)))
+    return replace(known[-1], version=version_text(wanted))
 
 
 def check_graph(
@@ -122,11 +122,6 @@ def check_graph(
         weights: directory of the model's external data, of which scales are read; None: they are not looked at.
     """
     return _Checker(model, name, support, plugins, weights).check()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    found = re.match(r"\s*v?(\d+)\.(\d+)", version)
-    return tuple(int(part) for part in found.groups()) if found else ()
 
 
 @functools.cache

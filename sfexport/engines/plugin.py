@@ -17,25 +17,15 @@ from sfexport.engines.plugin_operations import OPERATIONS, KernelSource
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from sfexport.kernels.compile import compile_kernels
-
-FIRST_AHEAD = (10, 9)
-# Quick plugins of TensorRT up to this version use NumPy functions that 2.4 has removed.
-LAST_WITH_OLD_NUMPY, FIRST_NEW_NUMPY = (10, 16), (2, 4)
+from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, is_older
 
 
 def choose_door(tensorrt_version: str, numpy_version: str) -> str:
     """'ahead' where this TensorRT has it and its Python part works with this NumPy, else 'python'."""
-    version = _numbers(tensorrt_version)
-    if version < FIRST_AHEAD:
-        return "python"
-    if version <= LAST_WITH_OLD_NUMPY and _numbers(numpy_version) >= FIRST_NEW_NUMPY:
+    new_numpy = not is_older(numpy_version, NEW_NUMPY)
+    if not has_aot_plugins(tensorrt_version) or (new_numpy and aot_needs_old_numpy(tensorrt_version)):
         return "python"
     return "ahead"
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def register_plugins(trt: Any, door: str, source: KernelSource = compile_kernels) -> None:

@@ -15,18 +15,17 @@ from typing import Any
 import onnx
 
 from sfexport.atomic import new_directory
-from sfexport.engines.build_tensorrt import FIRST_MAPPED, TensorRTOptions, memory_needs, plugin_settings
+from sfexport.engines.build_tensorrt import TensorRTOptions, memory_needs, plugin_settings
 from sfexport.engines.memory import MemoryPlan, plan_memory
 from sfexport.engines.parser_support import ParserSupport, check_graph, support_for
-from sfexport.engines.plugin import FIRST_AHEAD
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
-from sfexport.engines.tensorrt_library import short_version
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
 from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
 from sfexport.kernels.store import save_kernels
 from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
 from sfexport.manifest import GRAPHS, Bundle
+from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
 
 KIT_FILE = "check.json"
 Report = Callable[[str], None]
@@ -90,7 +89,7 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
     support = support_for(target.tensorrt)
-    memory = plan_memory(bundle, profiles, short_version(target.tensorrt) >= FIRST_MAPPED)
+    memory = plan_memory(bundle, profiles, maps_weights(target.tensorrt))
     kernel_lines, kernels = _check_kernels(bundle, target, options)
     lines = [
         _check_precision(bundle, target),
@@ -139,7 +138,9 @@ def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> 
     takes = f"driver of CUDA {target.cuda} takes PTX {newest / 10:.1f}"
     lines = [Line("plugin kernels", takes, f"PTX {isa / 10:.1f}", isa <= newest)]
     lines += [_kernel_line(kernel, checked) for kernel in kernels]
-    door = "ahead of time" if short_version(target.tensorrt) >= FIRST_AHEAD else "Python"
+    door = "ahead of time" if has_aot_plugins(target.tensorrt) else "Python"
+    if aot_needs_old_numpy(target.tensorrt):
+        door += f" with NumPy before {version_text(NEW_NUMPY)}, else Python"
     lines.append(Line("plugin", f"door into TensorRT {target.tensorrt}", door, True))
     return lines, kernels
 

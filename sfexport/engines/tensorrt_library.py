@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sfexport.errors import MissingDependency, SfexportError
+from sfexport.versions import OLDEST, OLDEST_JETPACK, is_older, version_text
 
-OLDEST = (10, 3)
 INSTALL = (
     "on a Jetson with sudo apt install python3-libnvinfer python3-libnvinfer-dev, in a virtual environment made with "
     "--system-site-packages; elsewhere with pip install tensorrt. `sfexport doctor` shows what is missing"
@@ -23,7 +23,7 @@ _MOST_KEPT = 20
 
 
 def library() -> Any:
-    """The module, at least 10.3.
+    """The module, at least as new as versions.py asks for.
 
     Raises:
         MissingDependency: not installed. SfexportError: too old, or its libraries do not load.
@@ -37,18 +37,12 @@ def library() -> Any:
     version = getattr(tensorrt, "__version__", None)
     if version is None:
         raise MissingDependency("tensorrt", "The tensorrt backend", INSTALL)
-    if short_version(version) < OLDEST:
+    if is_older(version, OLDEST["tensorrt"]):
         raise SfexportError(
-            f"TensorRT {version} is too old: sfexport needs {OLDEST[0]}.{OLDEST[1]}.",
-            "On a Jetson update to JetPack 6.1 or later.",
+            f"TensorRT {version} is too old: sfexport needs {version_text(OLDEST['tensorrt'])} or later.",
+            f"On a Jetson update to JetPack {version_text(OLDEST_JETPACK)} or later.",
         )
     return tensorrt
-
-
-def short_version(version: str) -> tuple[int, int]:
-    """(10, 3) for '10.3.0.30'."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def runtime_version() -> str:

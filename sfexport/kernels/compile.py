@@ -18,9 +18,11 @@ from typing import Any
 
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.kernels.plan import COMBINE_POSITIONS, COMBINE_WARPS, tiles_for
+from sfexport.versions import OLDEST, is_older, version_text
 
 SHARED_LIMIT = 48 << 10  # bytes a launch may ask for without an opt-in, which ahead-of-time plugins cannot make
-INSTALL = "pip install 'sfexport[tensorrt]'"
+INSTALL = f"pip install 'triton>={version_text(OLDEST['triton'])}'"
+_PURPOSE = "Compiling the cross-attention kernel"
 _POINTERS = {
     "cross_attention_split": {
         "query": "{t}",
@@ -73,10 +75,16 @@ def triton_version() -> str:
 
 
 def _triton() -> Any:
+    """Raises MissingDependency where there is none or it is too old, SfexportError where it does not load."""
     try:
         import triton
-    except ImportError:
-        raise MissingDependency("triton", "Compiling the cross-attention kernel", INSTALL) from None
+    except ImportError as error:
+        if error.name == "triton":
+            raise MissingDependency("triton", _PURPOSE, INSTALL) from None
+        raise SfexportError(f"Triton does not load: {error}.", f"Install it again: {INSTALL}") from None
+    oldest = OLDEST["triton"]
+    if is_older(triton.__version__, oldest):
+        raise MissingDependency("triton", _PURPOSE, INSTALL, triton.__version__, version_text(oldest))
     return triton
 
 
@@ -104,6 +112,21 @@ def _compile(
     name: str, constants: dict[str, int], warps: int, stages: int, dtype: str, head_dim: int, sm: int, ptx_isa: int
 ) -> Kernel:
     triton = _triton()
+    try:
+        parameters, compiled = _run_triton(triton, name, constants, warps, stages, dtype, sm, ptx_isa)
+    except Exception as error:  # its compiler's exceptions share no base class
+        message = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise SfexportError(
+            f"Triton {triton.__version__} cannot compile {name} for SM {sm / 10:.1f}: {message[0]}"
+        ) from error
+    ptx = without_scratch(compiled.asm["ptx"], name, parameters)
+    return Kernel(name, ptx, 32 * warps, compiled.metadata.shared, sm, dtype, head_dim)
+
+
+def _run_triton(
+    triton: Any, name: str, constants: dict[str, int], warps: int, stages: int, dtype: str, sm: int, ptx_isa: int
+) -> tuple[int, Any]:
+    """The number of a kernel's parameters, and what Triton makes of it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -116,16 +139,9 @@ def _compile(
     signature = {p: pointers.get(p, "constexpr" if p in constants else "i32") for p in function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(signature) if p in pointers}
     options = {"num_warps": warps, "num_stages": stages, "ptx_version": ptx_isa, "enable_fp_fusion": True}
-    try:
-        source = ASTSource(function, signature, constants, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    except Exception as error:  # its compiler's exceptions share no base class
-        message = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise SfexportError(
-            f"Triton {triton.__version__} cannot compile {name} for SM {sm / 10:.1f}: {message[0]}"
-        ) from error
-    ptx = without_scratch(compiled.asm["ptx"], name, len(signature) - len(constants))
-    return Kernel(name, ptx, 32 * warps, compiled.metadata.shared, sm, dtype, head_dim)
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return len(signature) - len(constants), compiled
 
 
 def without_scratch(ptx: str, name: str, parameters: int) -> str:
@@ -156,7 +172,7 @@ def find_ptxas(sm: int) -> str | None:
     """NVIDIA's assembler: Triton brings one, a CUDA toolkit too. None where there is neither."""
     try:
         bundled = Path(_triton().__file__).parent / "backends/nvidia/bin"
-    except MissingDependency:
+    except SfexportError:
         return shutil.which("ptxas")
     name = "ptxas-blackwell" if sm >= 100 else "ptxas"
     return next((str(p) for p in (bundled / name, bundled / "ptxas") if os.access(p, os.X_OK)), shutil.which("ptxas"))

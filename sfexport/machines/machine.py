@@ -1,6 +1,6 @@
 """What can be found out about this machine without loading a heavy library: one record, `look()`.
 
-Everything comes through a Probe. Imports nothing else but sfexport.machines.probe.
+Everything comes through a Probe. Imports no library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfexport.machines.probe import Probe
+from sfexport.versions import version_numbers
 
 PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "torch")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
@@ -194,7 +195,7 @@ def _jetpack(package: str | None, l4t: str | None) -> str | None:
         return re.match(r"[\d.]*", package)[0].rstrip(".") or None
     if l4t is None:
         return None
-    numbers = tuple(int(part) for part in l4t.split("."))
+    numbers = version_numbers(l4t)
     return next((name for oldest, name in reversed(JETPACKS) if oldest <= numbers), None)
 
 

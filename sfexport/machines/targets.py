@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfexport.errors import InputError
 from sfexport.tables import read_table
+from sfexport.versions import version_numbers
 
 if TYPE_CHECKING:
     from sfexport.machines.machine import Gpu, Machine
@@ -112,9 +113,11 @@ def _nearest_jetpack(choices: tuple[Target, ...], jetpack: str | None) -> Target
     """The first version of the same major that is not older, else the newest of that major, else the default."""
     if jetpack is None:
         return choices[0]
-    wanted = version(jetpack)[:2]
-    same = sorted((t for t in choices if version(t.jetpack)[0] == wanted[0]), key=lambda t: version(t.jetpack))
-    return next((t for t in same if version(t.jetpack) >= wanted), same[-1] if same else choices[0])
+    wanted = version_numbers(jetpack)[:2]
+    same = sorted(
+        (t for t in choices if version_numbers(t.jetpack)[0] == wanted[0]), key=lambda t: version_numbers(t.jetpack)
+    )
+    return next((t for t in same if version_numbers(t.jetpack) >= wanted), same[-1] if same else choices[0])
 
 
 def _match_gpu(gpu: Gpu) -> Target | None:
@@ -129,16 +132,10 @@ def _near(seen: float, named: float) -> bool:
     return abs(seen - named) <= _MEMORY_TOLERANCE * named
 
 
-def version(text: str | None) -> tuple[int, ...]:
-    """'10.16.1.11' -> (10, 16, 1, 11), for comparison; anything after the leading numbers is dropped."""
-    head = re.match(r"\d+(\.\d+)*", text or "")
-    return tuple(int(part) for part in head.group().split(".")) if head else ()
-
-
 def newest_ptx_isa(cuda: str) -> int:
     """The newest PTX version, times ten, that a driver of this CUDA version takes: 85 for '12.6'; 0 before 12.0."""
-    wanted = version(cuda)[:2]
-    return max((isa for name, isa in _read_toml()["ptx_isa"].items() if version(name) <= wanted), default=0)
+    wanted = version_numbers(cuda)[:2]
+    return max((isa for name, isa in _read_toml()["ptx_isa"].items() if version_numbers(name) <= wanted), default=0)
 
 
 def oldest_cuda(ptx_isa: int) -> str:

@@ -23,10 +23,9 @@ from sfexport.cost import (
     weight_bytes,
 )
 from sfexport.cost import call_flops as flops_of
-from sfexport.engines.build_tensorrt import FIRST_MAPPED, memory_needs
+from sfexport.engines.build_tensorrt import memory_needs
 from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
-from sfexport.engines.tensorrt_library import short_version
 from sfexport.errors import InputError
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.machines.machine import look
@@ -34,6 +33,7 @@ from sfexport.machines.targets import Target, find_target, load_targets, match_m
 from sfexport.manifest import Bundle
 from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
 from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
+from sfexport.versions import maps_weights
 
 CPU, ALL = "cpu", "all"
 # Tokens of the prompt's template before the video, and of a question of some twelve words with what follows it.
@@ -223,7 +223,7 @@ class _Memory:
 
 def _on_target(checkpoint: Checkpoint, memory: _Memory, at: Lengths, target: Target) -> TargetPlan:
     facts, tower, size = checkpoint.facts, checkpoint.tower, checkpoint.image.crop
-    mapped = short_version(target.tensorrt) >= FIRST_MAPPED
+    mapped = maps_weights(target.tensorrt)
     found = []
     for storage in storages(checkpoint.half_precision):
         weights = weight_bytes(facts, tower, storage)
