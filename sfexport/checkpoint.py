@@ -23,6 +23,7 @@ from sfexport.fields import shown, unknown_fields
 from sfexport.images import ImageFacts, image_notes
 from sfexport.shards import DTYPE_BYTES, Shard, Tensor, read_shard
 from sfexport.small_files import is_present, read_json, read_optional_json
+from sfexport.tokenizer_files import tokenizer_notes
 from sfexport.towers import Tower, VitTower, read_tower
 from sfexport.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, choose_weights, refuse_adapter
 
@@ -160,7 +161,7 @@ class Checkpoint:
             notes.append(f"not used, as in the reference: {len(known)} tensors ({_folded(known)})")
         if others := sorted(set(unused) - set(known)):
             notes.append(f"not used, as transformers leaves them out: {len(others)} tensors ({_folded(others)})")
-        return notes
+        return notes + tokenizer_notes(self.path)
 
     def validate(self) -> None:
         """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.

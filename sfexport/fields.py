@@ -74,8 +74,8 @@ def shown(value: Any) -> str:
 
 def _explain(problem: str, values: Mapping[str, Any]) -> str:
     """'Expected `bool`, got `str` - at `$.tie_word_embeddings`' with the field first and its value."""
-    message, _, place = problem.rstrip("`").partition(" - at `$.")
-    message = message[0].lower() + message[1:]
+    message, _, place = problem.partition(" - at `$.")
+    message, place = message[0].lower() + message[1:], place.rstrip("`")
     name = place.split(".")[0].split("[")[0]
     if name in values:
         return f"'{place}': {message} ({shown(values[name])})"

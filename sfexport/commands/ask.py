@@ -39,6 +39,11 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 @click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="A further token that ends the answer; may be repeated.")
+@click.option(
+    "--control-tokens",
+    is_flag=True,
+    help="Let control tokens typed in a question (<|im_end|>) act as such, as in the reference.  [default: as text]",
+)
 @json_option
 def ask(
     engines: Path,
@@ -48,6 +53,7 @@ def ask(
     frames: int | None,
     sampling: str,
     stop: tuple[str, ...],
+    control_tokens: bool,
     as_json: bool,
     **generation: Any,
 ) -> None:
@@ -59,12 +65,12 @@ def ask(
     stops = {pipeline.tokenizer.token_id(text) for text in stop}
     options = options.override(stop_ids=options.stop_ids | stops)
     with console.frames_progress("encoding") as on_frames:
-        session = pipeline.encode(video, frames, sampling, questions, on_frames)
+        session = pipeline.encode(video, frames, sampling, questions, on_frames, control_tokens=control_tokens)
     answers = []
     for question in questions:
         if not as_json:
             console.say(f"Q: {question}\nA: ", err=False, end="")
-        answers.append(session.ask(question, options, mode, None if as_json else console.raw))
+        answers.append(session.ask(question, options, mode, None if as_json else console.raw, control_tokens))
         if not as_json:
             console.say(err=False)
     if as_json:

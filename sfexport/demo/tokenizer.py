@@ -11,14 +11,11 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sfexport.demo.corpus import CORPUS
+from sfexport.tokenizer_files import QWEN2_SPLIT
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 ORDINARY_TOKENS = 500  # 256 bytes and 244 merges
-# How Qwen2 cuts text into words before the merges.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def train_tokenizer(corpus: Sequence[str] = CORPUS, ordinary_tokens: int = ORDINARY_TOKENS) -> Tokenizer:

@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from sfexport.added_tokens import TOKENIZER_FILE
 from sfexport.atomic import new_directory
 from sfexport.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
 from sfexport.errors import InputError, SfexportError
@@ -40,6 +41,8 @@ from sfexport.manifest import (
     write_manifest,
 )
 from sfexport.printable import size_text, sizes_text
+from sfexport.tokenizer_files import has_tokenizer
+from sfexport.tokenizer_making import write_tokenizer
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPE_NAMES = {
@@ -168,6 +171,9 @@ def export(
             report(note)
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
+        if has_tokenizer(checkpoint.path):
+            marked = bool(checkpoint.config.get("mm_use_im_start_end"))
+            write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked)
         source = _source(checkpoint, taken, directory, options, report)
         for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
             report(f"writing {name}.onnx")
@@ -291,6 +297,8 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
     """The bundle being written at `directory` is known as `out` later."""
     weights = out if source.in_bundle else source.shards[0].path.parent
     names = [file.name for file in checkpoint.side_files()] + [f"{name}.onnx" for name in GRAPHS]
+    if has_tokenizer(checkpoint.path) and TOKENIZER_FILE not in names:
+        names.append(TOKENIZER_FILE)
     if (directory / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
     frames = options.frames or checkpoint.fields.mm_training_video_frames or DEFAULT_FRAMES

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.added_tokens import TOKENIZER_FILE
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import VISION_CHUNK, Backend, KeyValues
@@ -45,7 +46,8 @@ class Pipeline:
         """Raises BundleError for a directory that is not usable here, before any engine is loaded."""
         opened = Engines.open(Path(engines))
         check_runtime(opened)
-        return cls(opened, ChatTokenizer.load(opened.bundle.path, opened.bundle.config))
+        marked = bool(opened.bundle.config.get("mm_use_im_start_end"))
+        return cls(opened, ChatTokenizer.from_file(opened.bundle.path / TOKENIZER_FILE, marked))
 
     @cached_property
     def backend(self) -> Backend:
@@ -70,6 +72,7 @@ class Pipeline:
         questions: Sequence[str] = (),
         on_frames: OnFrames = lambda done, total: None,
         fps: float | None = None,
+        control_tokens: bool = False,
     ) -> Session:
         """Encode a video (or a picture: one frame).
 
@@ -83,16 +86,19 @@ class Pipeline:
             questions: checked to fit before anything is encoded.
             on_frames: called with frames done and in all, as encoding proceeds.
             fps: frames per second of frames in memory, which 'eval' sampling needs to know.
+            control_tokens: as the questions will be asked (see Session.ask).
 
         Raises:
             VideoError: the file cannot be read, or what is in memory is not frames of this kind.
             InputError: a question is empty or does not fit, or a number has no meaning.
         """
         watch = Stopwatch()
+        if isinstance(questions, str):
+            raise InputError("questions is a list of questions, and a str was given.", "Pass [question].")
         with open_video(video, fps) as opened:
             unique, rows = self._sample(opened, frames, sampling)
             for question in questions:
-                self.check_question(question, len(rows))
+                self.check_question(question, len(rows), control_tokens)
             with watch.stage("load"):
                 backend = self.backend
             encoded = []
@@ -108,12 +114,12 @@ class Pipeline:
         session.charge_frames(len(rows), len(unique))
         return session
 
-    def check_question(self, question: str, frames: int) -> None:
+    def check_question(self, question: str, frames: int, control_tokens: bool = False) -> None:
         """Raises InputError for a question that is empty or does not fit behind `frames` sampled frames."""
         facts = self.bundle.facts
         cells = self.bundle.tokens_per_frame(single_image=frames == 1)
         fast_tokens = fast_token_count(frames, cells, facts.slow_fast.fast)
-        check_question(question, self.tokenizer, fast_tokens, facts.text.max_length)
+        check_question(question, self.tokenizer, fast_tokens, facts.text, control_tokens)
 
     def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
         """Distinct frame indices, and for each sampled frame its place among them."""
@@ -161,6 +167,7 @@ class Session(VideoSession):
         options: GenerationOptions | None = None,
         mode: str | None = None,
         on_text: OnText | None = None,
+        control_tokens: bool = False,
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -175,13 +182,13 @@ class Session(VideoSession):
             options: how to generate; None: as the checkpoint says. What the keywords say comes before it.
             mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
             on_text: called with each new piece of the answer as it is generated.
+            control_tokens: let control tokens that are typed in the question (`<|im_end|>`) act as such, as the
+                reference does; otherwise they are text.
             temperature: 0 is greedy. The other keywords: see GenerationOptions.
 
         Raises:
             InputError: an empty question, one that does not fit, an unknown mode, a number without meaning.
         """
-        if not isinstance(question, str):
-            raise InputError(f"A question is a str, not a {type(question).__name__}.", "Ask one after the other.")
         options = (self._defaults() if options is None else options).override(
             temperature,
             max_new_tokens=max_new_tokens,
@@ -190,7 +197,7 @@ class Session(VideoSession):
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        return super().ask(question, options, mode, on_text)
+        return super().ask(question, options, mode, on_text, control_tokens)
 
 
 def open_video(video: Any, fps: float | None = None) -> Video:

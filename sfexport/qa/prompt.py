@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sfexport.errors import BundleError, InputError
+from sfexport.errors import BundleError, CheckpointError, InputError
+from sfexport.fields import shown
+from sfexport.tokenizer_files import END, START, VIDEO_END, VIDEO_START
+from sfexport.tokenizer_making import check_control_tokens, library_errors, make_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 VIDEO = "<image>"  # stands for the whole video in the template
 SYSTEM = "You are a helpful assistant."
-START, END = "<|im_start|>", "<|im_end|>"
+MAX_QUESTION = 1_000_000  # characters; more than any model has positions for, and 3 seconds of tokenising
 
 
 def build_prompt(
@@ -23,7 +30,7 @@ def build_prompt(
         video: put the video before the first question.
         marked: wrap it in <im_start> <im_end>, for checkpoints with mm_use_im_start_end.
     """
-    image = f"<im_start>{VIDEO}<im_end>" if marked else VIDEO
+    image = f"{VIDEO_START}{VIDEO}{VIDEO_END}" if marked else VIDEO
     turns = [*rounds, (question, None)]
     text = f"{START}system\n{SYSTEM}{END}\n"
     for i, (asked, answer) in enumerate(turns):
@@ -42,26 +49,39 @@ class PromptIds:
 
 
 class ChatTokenizer:
-    """The checkpoint's tokenizer.json. Each side of the video is tokenised by itself, as in the reference."""
+    """The checkpoint's tokenizer. Each side of the video is tokenised by itself, as in the reference."""
 
-    def __init__(self, tokenizer: Any, marked: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, marked: bool = False) -> None:
         self._tokenizer, self._marked = tokenizer, marked
+        # Padding and truncation are not applied, as in transformers.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        added = tokenizer.get_added_tokens_decoder()
+        self._control_ids = frozenset(id_ for id_, token in added.items() if token.special)
 
     @classmethod
     def load(cls, directory: Path, config: dict[str, Any]) -> ChatTokenizer:
-        """Raises BundleError if there is no tokenizer.json, or one that cannot be read."""
+        """Make the tokenizer of a checkpoint directory. Raises CheckpointError if that cannot be."""
+        marked = bool(config.get("mm_use_im_start_end"))
+        return cls(make_tokenizer(directory, marked), marked)
+
+    @classmethod
+    def from_file(cls, file: Path, marked: bool = False) -> ChatTokenizer:
+        """Read the tokenizer.json that `export` wrote. Raises BundleError if there is none or it cannot be used."""
         from tokenizers import Tokenizer
 
-        file = directory / "tokenizer.json"
         if not file.is_file():
             raise BundleError(
-                f"{directory} has no tokenizer.json, so questions cannot be tokenised.",
-                "Put the model's tokenizer.json into the checkpoint and export again.",
+                f"{file.parent} has no {file.name}, so questions cannot be tokenised.",
+                "Put the model's tokenizer files into the checkpoint and export again.",
             )
         try:
-            return cls(Tokenizer.from_file(str(file)), bool(config.get("mm_use_im_start_end")))
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{file} cannot be read: {error}.") from None
+            with library_errors(str(file)):
+                out = cls(Tokenizer.from_file(str(file)), marked)
+                check_control_tokens(out._tokenizer, marked)
+        except CheckpointError as error:
+            raise BundleError(str(error), error.hint) from None
+        return out
 
     @property
     def vocabulary_size(self) -> int:
@@ -69,23 +89,70 @@ class ChatTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Raises InputError for a text that is not Unicode (bytes from a command line that are not UTF-8)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"The text {ascii(text)} is not valid UTF-8.", "Type it in a UTF-8 terminal.") from None
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The ids of a text of the template; control tokens in it become control ids.
 
-    def prompt(self, question: str) -> PromptIds:
-        """Raises InputError for an empty question or one that contains the video's placeholder."""
+        Raises InputError for a text that is not Unicode (bytes from a command line that are not UTF-8).
+        """
+        return _encode(self._tokenizer, text)
+
+    def prompt(self, question: str, control_tokens: bool = False) -> PromptIds:
+        """The ids around the video.
+
+        Args:
+            control_tokens: let control tokens typed in the question act as such, as the reference does; otherwise
+                they are encoded as the text that they are.
+
+        Raises:
+            InputError: an empty question, a very long one, or one that contains the video's placeholder.
+        """
+        if not isinstance(question, str):
+            raise InputError(f"A question is a str, not a {type(question).__name__}.", "Ask one after the other.")
         if not question.strip():
             raise InputError("The question is empty.", "Pass one with -q 'What happens in the video?'.")
+        if len(question) > MAX_QUESTION:
+            raise InputError(
+                f"The question has {len(question):,} characters; at most {MAX_QUESTION:,} are taken.",
+                "Ask a shorter question.",
+            )
         if VIDEO in question:
             raise InputError(
                 f"The question contains {VIDEO!r}, which stands for the video in the prompt.", "Reword it."
             )
         before, after = build_prompt(question, marked=self._marked).split(VIDEO)
-        return PromptIds(self.encode(before), self.encode(after))
+        ids = self.encode(after)
+        if not control_tokens and self._controls(ids) != self._own_controls:
+            ids = self._encode_as_text(question, after)
+        return PromptIds(self.encode(before), ids)
+
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        return [id_ for id_ in ids if id_ in self._control_ids]
+
+    @cached_property
+    def _own_controls(self) -> list[int]:
+        """The control ids that the template itself has after the video."""
+        return self._controls(self.encode(build_prompt("", marked=self._marked).split(VIDEO)[1]))
+
+    def _encode_as_text(self, question: str, after: str) -> list[int]:
+        """Encode what follows the video, the question's control tokens as text."""
+        head, tail = after.rsplit(question, 1)
+        opening = VIDEO_END if self._marked else ""
+        ids = _encode(self._text_tokenizer, head.removeprefix(opening) + question)
+        if found := self._controls(ids):
+            raise InputError(
+                f"The question contains {self._tokenizer.id_to_token(found[0])!r}, a control token that this "
+                "tokenizer cannot take as text.",
+                "Reword it.",
+            )
+        return [*self.encode(opening), *ids, *self.encode(tail)]
+
+    @cached_property
+    def _text_tokenizer(self) -> Tokenizer:
+        """A copy that takes control tokens as text: the setting belongs to the object, which threads share."""
+        from tokenizers import Tokenizer
+
+        copy = Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -101,3 +168,12 @@ class ChatTokenizer:
 
     def end_of_turn(self) -> int | None:
         return self._tokenizer.token_to_id(END)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"The text {shown(text)} is not valid UTF-8.", "Type it in a UTF-8 terminal.") from None
+    with library_errors("The tokenizer"):
+        return tokenizer.encode(text, add_special_tokens=False).ids

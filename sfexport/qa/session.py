@@ -12,7 +12,7 @@ import numpy as np
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
-from sfexport.facts import DECODE_MODES
+from sfexport.facts import DECODE_MODES, TextFacts
 from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
 
@@ -66,16 +66,24 @@ class _Pending:
     seconds: dict[str, float]
 
 
-def check_question(question: str, tokenizer: ChatTokenizer, fast_tokens: int, limit: int | None) -> list[int]:
+def check_question(
+    question: str, tokenizer: ChatTokenizer, fast_tokens: int, text: TextFacts, control_tokens: bool = False
+) -> list[int]:
     """The question's own token ids (all that follows the video).
 
     Args:
-        limit: positions the model takes (tokenizer_model_max_length), or None.
+        text: the model's facts: how many positions it takes, and how many rows its table of tokens has.
+        control_tokens: see ChatTokenizer.prompt.
 
     Raises:
-        InputError: the question is empty, or does not fit behind the video.
+        InputError: the question is empty, does not fit behind the video, or has a token that the model lacks.
     """
-    ids = tokenizer.prompt(question)
+    ids, limit = tokenizer.prompt(question, control_tokens), text.max_length
+    if (largest := max(ids.before + ids.after)) >= text.vocab_size:
+        raise InputError(
+            f"The prompt has the token id {largest}, and the model's table of tokens has {text.vocab_size} rows.",
+            "The tokenizer belongs to another model, or the question has a token that was added to it later.",
+        )
     before, after = len(ids.before), len(ids.after)
     total = before + fast_tokens + after
     if limit is not None and total > limit:
@@ -136,13 +144,19 @@ class VideoSession:
         return self._backend.decode(step)
 
     def ask(
-        self, question: str, options: GenerationOptions, mode: str | None = None, on_text: OnText | None = None
+        self,
+        question: str,
+        options: GenerationOptions,
+        mode: str | None = None,
+        on_text: OnText | None = None,
+        control_tokens: bool = False,
     ) -> Answer:
         """Answer a question.
 
         Args:
             mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
             on_text: called with each new piece of the answer as it is generated.
+            control_tokens: let control tokens typed in the question act as such (see ChatTokenizer.prompt).
 
         Raises:
             InputError: an empty question, one that does not fit, an unknown mode.
@@ -150,7 +164,8 @@ class VideoSession:
         mode = mode or self._backend.facts.slow_fast.decode_mode
         if mode not in DECODE_MODES:
             raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
-        ids = check_question(question, self._tokenizer, self.fast_tokens, self._backend.facts.text.max_length)
+        text = self._backend.facts.text
+        ids = check_question(question, self._tokenizer, self.fast_tokens, text, control_tokens)
         watch = Stopwatch()
         with watch.stage("prefill"):
             logits, past = self._step(self._embedding(ids), self._prefix, attends=True)
