@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from sfexport.errors import InputError
 from sfexport.facts import TOWER_PREFIX
 from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle, Engines, resolve_engines
 from sfexport.printable import size_text
+from sfexport.weight_files import refuse_adapter
 
 PARTS = (
     ("vision tower", TOWER_PREFIX),
@@ -35,7 +37,8 @@ def inspect(path: Path) -> dict[str, Any]:
         return _engines(Engines.open(path))
     if (path / BUNDLE_FILE).is_file():
         return _bundle(Bundle.open(path))
-    if (path / "config.json").is_file():
+    refuse_adapter(path)
+    if os.path.lexists(path / "config.json"):
         return _checkpoint(Checkpoint.open(path))
     raise InputError(
         f"{path} is neither a checkpoint (config.json), a bundle ({BUNDLE_FILE}) nor an engine directory "
@@ -43,7 +46,10 @@ def inspect(path: Path) -> dict[str, Any]:
     )
 
 
-def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checkpoint(stored: Checkpoint) -> dict[str, Any]:
+    from sfexport.graphs.prequantized import adopt
+
+    checkpoint, _ = adopt(stored)
     checkpoint.validate()
     return {
         "kind": "checkpoint",
@@ -51,7 +57,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": asdict(checkpoint.facts) | {"tower": asdict(checkpoint.tower)},
         "image": asdict(checkpoint.image),
         "parameters": _parameters(checkpoint),
-        "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
+        "dtypes": dict(Counter(t.dtype for t in stored.tensors.values())),
         "unused_tensors": checkpoint.unused_tensors(),
         "notes": checkpoint.notes(),
         "shards": [{"file": s.name, "size": s.size} for s in checkpoint.shards],

@@ -14,16 +14,15 @@ errors and graphs.weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from sfexport.checkpoint import Checkpoint, Tensor
 from sfexport.errors import CheckpointError
+from sfexport.graphs.quantization_settings import HINT, Quantization, read_quantization
 from sfexport.graphs.weights import BODY
-from sfexport.manifest import TAKEN_OVER
 
-GROUPS = (16, 32, 64, 128, 256)  # what ONNX Runtime fuses
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CENTRE = 8
 # AWQ: the output that each 4 bits of a number hold, the lowest bits first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -101,10 +100,9 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
     Raises:
         CheckpointError: rounded by another method, or in a form that cannot be taken over.
     """
-    config = checkpoint.config.get("quantization_config")
-    if config is None:
+    settings = read_quantization(checkpoint)
+    if settings is None:
         return checkpoint, {}
-    method, group, offset = _read_config(config)
     taken = {}
     for name, shape in checkpoint.expected_tensors().items():
         if name in checkpoint.tensors or not name.endswith(".weight"):
@@ -116,38 +114,19 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
                 f"'{name}' is rounded to 4 bits; sfexport takes that over of the decoder layers' own weights only.",
                 "Quantise again with it in modules_to_not_convert, or take the ordinary checkpoint.",
             )
-        taken[name] = _take(checkpoint, name, shape, method, group, offset)
+        taken[name] = _take(checkpoint, name, shape, settings)
     plain = {
         name: replace(matrix.scales, name=name, shape=(matrix.shape[1], matrix.shape[0]))
         for name, matrix in taken.items()
     }
-    return replace(checkpoint, tensors=checkpoint.tensors | plain), taken
+    parts = {f"{name.removesuffix('.weight')}.{part}" for name in taken for part in PARTS}
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts}
+    return replace(checkpoint, tensors=others | plain), taken
 
 
-def _read_config(config: Any) -> tuple[str, int, int]:
-    """Method, group size, and what is added to stored zero points."""
-    config = config if isinstance(config, dict) else {}
-    method, bits, group = config.get("quant_method"), config.get("bits"), config.get("group_size")
-    hint = "Export the model's ordinary checkpoint with --quantize int4."
-    if method not in TAKEN_OVER:
-        raise CheckpointError(
-            f"config.json: this checkpoint's weights are rounded by {method!r}; sfexport takes over gptq and awq.", hint
-        )
-    if bits != 4 or group not in GROUPS:
-        sizes = ", ".join(map(str, GROUPS))
-        raise CheckpointError(
-            f"config.json: {method} with {bits} bits in groups of {group}; sfexport takes over 4 bits in groups of "
-            f"{sizes}.",
-            hint,
-        )
-    version = str(config.get("version", "gemm")).lower()
-    if method == "awq" and version != "gemm":
-        raise CheckpointError(f"config.json: AWQ's layout {version!r} is not the usual 'gemm'.", hint)
-    return method, group, int(method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq_v2")
-
-
-def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], method: str, group: int, offset: int) -> Taken:
+def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Quantization) -> Taken:
     stem, (outputs, inputs) = name.removesuffix(".weight"), shape
+    method, group = settings.method, settings.group
     packed = (inputs, outputs // 8) if method == "awq" else (inputs // 8, outputs)
     groups = inputs // group
     parts = {"qweight": packed, "qzeros": (groups, outputs // 8), "scales": (groups, outputs)}
@@ -159,20 +138,24 @@ def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], method: str
                 f"Tensor '{stem}.{part}' {found}; {method} in groups of {group} asks for {list(wanted)}.",
                 "config.json may belong to another model.",
             )
+        if part != "scales" and tensor.dtype != "I32":
+            raise CheckpointError(f"Tensor '{stem}.{part}' is stored as {tensor.dtype}, not I32.", HINT)
     if method == "gptq":
-        _check_order(checkpoint, stem, inputs, group)
+        _check_order(checkpoint, stem, inputs, settings)
     codes, zeros, scales = (checkpoint.tensors[f"{stem}.{part}"] for part in parts)
-    taken = Taken(name, method, group, codes, zeros, scales, offset)
+    taken = Taken(name, method, group, codes, zeros, scales, settings.zero_offset)
     return replace(taken, symmetric=bool((taken.zero_points() == CENTRE).all()))
 
 
-def _check_order(checkpoint: Checkpoint, stem: str, inputs: int, group: int) -> None:
+def _check_order(checkpoint: Checkpoint, stem: str, inputs: int, settings: Quantization) -> None:
     """Groups must be runs of consecutive inputs, as they are unless GPTQ was asked for `desc_act`."""
     tensor = checkpoint.tensors.get(f"{stem}.g_idx")
-    if tensor is None:
+    if tensor is None and not settings.desc_act:
         return
+    if tensor is None or (tensor.dtype, tensor.shape) != ("I32", (inputs,)):
+        raise CheckpointError(f"Tensor '{stem}.g_idx' must be I32 of shape [{inputs}].", "Download it again.")
     found = np.fromfile(tensor.shard, "<u4", inputs, offset=tensor.offset)
-    if not np.array_equal(found, np.arange(inputs) // group):
+    if not np.array_equal(found, np.arange(inputs) // settings.group):
         raise CheckpointError(
             f"'{stem}.g_idx' mixes the inputs of the groups (GPTQ's desc_act), which no runtime's INT4 has.",
             "Take a checkpoint made with desc_act false, or the ordinary one with --quantize int4.",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import assert_says, change_tensors, edit_json, snapshot, split_shard, write_shard
+from helpers import assert_says, change_tensors, document, edit_json, sfexport, snapshot, split_shard, write_shard
 from quantized import ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
 from sfexport.checkpoint import Checkpoint
@@ -281,3 +281,111 @@ def test_an_ordinary_checkpoint_stays_as_it_is(plain: Path, tmp_path: Path) -> N
     wide = as_dtype(plain, tmp_path / "wide", "F32")
     bundle = export(Checkpoint.open(wide), tmp_path / "bundle", ExportOptions())
     assert bundle.quantization is None
+
+
+def moved(make: Make, kind: str, out: Path, file: str, **settings: Any) -> Path:
+    """A copy whose settings stand in the quantiser's own file and not in config.json."""
+    copy = Path(shutil.copytree(make(kind).checkpoint_path, out))
+    edit_json(copy / "config.json", lambda content: content.pop("quantization_config"))
+    (copy / file).write_text(json.dumps(settings))
+    return copy
+
+
+OWN_FILES = {
+    "AutoGPTQ": ("gptq", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}),
+    "GPTQModel": (
+        "gptq_v2",
+        "quantize_config.json",
+        {"bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2", "dynamic": {"-:.*head": {}}, "meta": {}},
+    ),
+    "AutoAWQ": ("awq", "quant_config.json", {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_settings_may_stand_in_the_quantisers_own_file(name: str, make: Make, tmp_path: Path) -> None:
+    kind, file, settings = OWN_FILES[name]
+    copy = moved(make, kind, tmp_path / "checkpoint", file, **settings)
+    bundle = export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    names = [matrix for matrix in bundle.quantization["matrices"] if BODY.fullmatch(matrix)]
+    assert len(names) == 4 * 7
+    for matrix in names:
+        assert (stored_weights(bundle, matrix) == stored_weights(make(kind), matrix)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "settings", "says"),
+    [
+        ("awq", "quant_config.json", {"w_bit": 3, "q_group_size": GROUP}, ["quant_config.json", "3 bits"]),
+        ("awq", "quant_config.json", {"w_bit": 4, "bits": 8, "q_group_size": GROUP}, ["bits is 8", "w_bit is 4"]),
+        ("awq", "quant_config.json", {"q_group_size": GROUP, "version": "GEMV"}, ["'GEMV'", "gemm"]),
+        ("awq", "quant_config.json", {"q_group_size": GROUP, "zero_point": False}, ["zero_point"]),
+        ("awq", "quant_config.json", {"q_group_size": "64"}, ["q_group_size", "'64'"]),
+        ("gptq", "quantize_config.json", {"group_size": GROUP}, ["None bits"]),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": GROUP, "spin": 1}, ["'spin'", "not known"]),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": GROUP, "checkpoint_format": "marlin"}, ["marlin"]),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": GROUP, "is_marlin_format": True}, ["is_marlin"]),
+        (
+            "gptq",
+            "quantize_config.json",
+            {"bits": 4, "group_size": GROUP, "dynamic": {"+:a": {"bits": 8}}},
+            ["dynamic"],
+        ),
+        ("gptq", "quantize_config.json", {"bits": 4, "quant_method": "bitsandbytes"}, ["'bitsandbytes'"]),
+        ("gptq", "other.json", {}, [".qweight", "quantize_config.json", "quant_config.json"]),
+    ],
+)
+def test_settings_in_other_files_are_refused_by_name(
+    kind: str, file: str, settings: dict, says: list[str], make: Make, tmp_path: Path
+) -> None:
+    copy = moved(make, kind, tmp_path / "checkpoint", file, **settings)
+    with pytest.raises(CheckpointError) as caught:
+        export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    assert_says(caught.value.paragraph(), *says)
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"quant_method": "fp8"}, ["'fp8'"]),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, ["'compressed-tensors'"]),
+        ({"load_in_4bit": True}, ["'bitsandbytes'"]),
+        ({}, ["None"]),
+        ("int4", ["'int4'"]),
+        ({"quant_method": "gptq", "bits": 4, "group_size": GROUP}, ["gptq", "*.qweight"]),
+    ],
+)
+def test_settings_that_no_tensor_follows_are_refused(
+    about: object, says: list[str], plain: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(plain, tmp_path / "checkpoint"))
+    edit_json(copy / "config.json", lambda content: content.update(quantization_config=about))
+    with pytest.raises(CheckpointError) as caught:
+        export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    assert_says(caught.value.paragraph(), *says)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "g_idx"])
+def test_codes_in_another_dtype_are_refused(part: str, make: Make, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(make("gptq").checkpoint_path, tmp_path / "checkpoint"))
+    name = f"{NAME}.{part}"
+    shard = Checkpoint.open(copy).tensors[name].shard
+    change_tensors(shard, lambda tensors: tensors.update({name: ("F32", *tensors[name][1:])}))
+    with pytest.raises(CheckpointError) as caught:
+        export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    assert_says(caught.value.paragraph(), name, "I32")
+
+
+def test_desc_act_without_an_order_is_refused(make: Make, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(make("gptq").checkpoint_path, tmp_path / "checkpoint"))
+    edit_json(copy / "config.json", lambda content: content["quantization_config"].update(desc_act=True))
+    damage(copy, f"{NAME}.g_idx", None)
+    with pytest.raises(CheckpointError) as caught:
+        export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    assert_says(caught.value.paragraph(), f"{NAME}.g_idx")
+
+
+def test_inspect_counts_no_code_as_unused(make: Make) -> None:
+    shown = document(sfexport("inspect", make("awq").checkpoint_path, "--json"))
+    assert not [name for name in shown["unused_tensors"] if "head" not in name]
+    assert shown["dtypes"]["I32"] == 4 * 7 * 2
