@@ -16,7 +16,10 @@ from sfexport.commands.common import DIRECTORY, with_examples
 )
 @click.pass_context
 def demo(ctx: click.Context, output: Path) -> None:
-    """Go the whole way once on a tiny model: checkpoint, export, build, ask, parity."""
+    """Go the whole way once on a tiny model: checkpoint, export, build, ask, parity.
+
+    Parity is computed with PyTorch where it is installed, and shown with its recorded outputs where it is not.
+    """
     from sfexport.demo.run import run_demo
 
     if not run_demo(output):

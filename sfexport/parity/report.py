@@ -14,7 +14,7 @@ def show(report: ParityReport) -> None:
         for c in report.comparisons
     ]
     header = ("", "graph", "output", "shape", "max abs", "max rel", "cosine")
-    console.table(f"{report.backend} against PyTorch, {report.frames} frames", header, rows)
+    console.table(f"{report.backend} against {report.oracle}, {report.frames} frames", header, rows)
     for pair in report.answers:
         verdict = "same" if pair.tie is None else f"a tie at token {pair.equal_tokens + 1} ({pair.tie:.1e} apart)"
         verdict = verdict if pair.passed else f"differ from token {pair.equal_tokens + 1} on"

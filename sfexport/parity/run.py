@@ -54,6 +54,8 @@ class ParityReport:
     Attributes:
         rounding: PyTorch's prefill logits with those against those with the checkpoint's own; says what rounding
             costs, not whether the engines are right.
+        oracle: what the engines were compared with, as shown to people.
+        oracle: what the engines were compared with, for people.
     """
 
     backend: str
@@ -62,6 +64,7 @@ class ParityReport:
     comparisons: list[Comparison]
     answers: list[AnswerPair]
     rounding: Comparison | None = None
+    oracle: str = "PyTorch"
 
     @property
     def passed(self) -> bool:
@@ -71,6 +74,7 @@ class ParityReport:
         return {
             "passed": self.passed,
             "backend": self.backend,
+            "oracle": self.oracle,
             "frames": self.frames,
             "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
             "comparisons": [c.to_json() for c in self.comparisons],
@@ -105,7 +109,7 @@ def run_parity(
     engine = pipeline.backend
     single = len(rows) == 1
     report(f"vision encoder on {len(pixels)} frames")
-    encoded = [_encode(backend, pixels, single) for backend in (engine, oracle)]
+    encoded = [encode_chunks(backend, pixels, single) for backend in (engine, oracle)]
     comparisons = [compare("vision_encoder", "slow_tokens", *encoded, tolerance)]
     engine_slow, slow = (tokens[rows] for tokens in encoded)
     report("compressor")
@@ -135,7 +139,7 @@ def _round(
     tolerance: Tolerance,
 ) -> Comparison:
     """Give PyTorch the engines' rounded weights; its logits after that against those before."""
-    embeds, attends = _prompt(pipeline, fast, question)
+    embeds, attends = prompt_inputs(pipeline, fast, question)
     step = DecoderStep(embeds[None], 0, attends, None, slow)
     exact, _ = oracle.decode(step)
     oracle.use_rounded(rounded_matrices(pipeline.bundle))
@@ -161,7 +165,8 @@ def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple
     return noise, np.arange(count)
 
 
-def _encode(backend: Backend, pixels: np.ndarray, single: bool) -> np.ndarray:
+def encode_chunks(backend: Backend, pixels: np.ndarray, single: bool) -> np.ndarray:
+    """Slow tokens of all frames. `single`: the one frame is a picture."""
     chunks = [pixels[i : i + VISION_CHUNK] for i in range(0, len(pixels), VISION_CHUNK)]
     return np.concatenate([backend.encode_frames(chunk, single) for chunk in chunks])
 
@@ -195,7 +200,7 @@ def _compare_decoder(
     slow_of = {oracle.name: slow, engine.name: slow and engine.from_numpy(oracle.to_numpy(slow))}
     if engine.name == oracle.name:
         slow_of = {oracle.name: slow}
-    embeds, attends = _prompt(pipeline, fast, question)
+    embeds, attends = prompt_inputs(pipeline, fast, question)
     prefill = [b.decode(DecoderStep(embeds[None], 0, attends, None, slow_of[b.name])) for b in sides]
     found = [compare("decoder", "prefill logits", prefill[0][0], prefill[1][0], tolerance)]
     found += _compare_layers(sides, [p[1] for p in prefill], tolerance)
@@ -204,7 +209,7 @@ def _compare_decoder(
     return found
 
 
-def _prompt(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
+def prompt_inputs(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
     """Merged embeddings [L, H] and attending positions [L]."""
     ids, embed = pipeline.tokenizer.prompt(question), pipeline.embedding
     embeds = np.concatenate([embed(ids.before), fast, embed(ids.after)])
