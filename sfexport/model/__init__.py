@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sfexport.model import activations as _activations  # noqa: F401
 from sfexport.model.configuration import LlavaQwenSlowFastConfig
-from sfexport.model.modeling import LlavaQwenSlowFastForCausalLM, LlavaQwenSlowFastModel
+from sfexport.model.modeling import LlavaQwenSlowFastForCausalLM
+from sfexport.model.slow_fast_model import LlavaQwenSlowFastModel
 
 __all__ = ["LlavaQwenSlowFastConfig", "LlavaQwenSlowFastForCausalLM", "LlavaQwenSlowFastModel"]
 

@@ -1,28 +1,59 @@
-"""The transformers configuration of a Slow-Fast model. May import sfexport.facts and sfexport.towers."""
+"""The transformers configuration of a Slow-Fast model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from transformers import Qwen2Config
+from transformers import PretrainedConfig
 
 from sfexport.facts import MODEL_TYPE, ModelFacts
 from sfexport.towers import CONVNEXT_XXL, Tower, tower_from_sizes
 
+# What transformers' own code reads of a configuration, and its value where a file leaves it out.
+_DEFAULTS = {
+    "use_cache": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 
-class LlavaQwenSlowFastConfig(Qwen2Config):
-    """Qwen2's fields plus the reference's `mm_*`, `cross_attn_*` and `fast_token_*` fields, kept as they are.
+
+class LlavaQwenSlowFastConfig(PretrainedConfig):
+    """The fields of config.json, kept as they are; what they mean is decided by `facts`.
 
     Two fields are ours: `decode_mode` ('released' or 'trained', see DECODE_MODES) and `vision_tower_sizes`, the
     tower's sizes, which released files do not store: `from_pretrained` reads them from the tensors.
+
+    `attn_implementation` in a file is not obeyed: the attention is this model's own, and a name of a kernel must not
+    make transformers look for code.
     """
 
     model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        kwargs["rope_scaling"] = None  # the reference forces it
-        super().__post_init__(**kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.pop("_attn_implementation", None)
+        kwargs.pop("attn_implementation", None)
+        # These are set after transformers' __init__, which drops some and rewrites others, each version in its own way.
+        rope = {name: kwargs.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in kwargs}
+        own = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
+        super().__init__(**kwargs)
+        for name, value in own.items():
+            setattr(self, name, value)
+        self._set_rope(rope)
+
+    def _set_rope(self, given: Mapping[str, Any]) -> None:
+        """Keep `rope_theta` and whatever else there is as `rope_parameters` (its old name is `rope_scaling`)."""
+        parameters = given.get("rope_parameters") or given.get("rope_scaling")
+        if "rope_theta" in given:
+            self.rope_theta = given["rope_theta"]
+        if parameters is not None:
+            self.rope_parameters = parameters
 
     @property
     def facts(self) -> ModelFacts:

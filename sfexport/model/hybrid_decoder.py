@@ -1,27 +1,18 @@
 """Decoder layers: Qwen2's, and the hybrid ones in which chosen positions also attend to the slow tokens.
 
-Source: REFERENCE section 5. The slow branch's tensors are arguments (`SlowBranch`), never state on a layer.
+The slow branch's tensors are arguments (`SlowBranch`), never state on a layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.models.qwen2.modeling_qwen2 import (
-    ALL_ATTENTION_FUNCTIONS,
-    Qwen2Attention,
-    Qwen2Config,
-    Qwen2DecoderLayer,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-    repeat_kv,
-)
+from transformers import Cache
 
-from sfexport.facts import GateFacts
+from sfexport.facts import GateFacts, ModelFacts, TextFacts
+from sfexport.model.qwen2 import Attention, CausalMask, Mlp, RMSNorm, Rotary, attend
 
 
 @dataclass
@@ -39,18 +30,18 @@ class SlowBranch:
     mask: Tensor
 
 
-class HybridAttention(Qwen2Attention):
+class HybridAttention(Attention):
     """Self-attention whose output, before o_proj, is increased by g * cross-attention for some positions."""
 
-    def __init__(self, config: Qwen2Config, layer_idx: int, hybrid_index: int, gate: GateFacts) -> None:
-        super().__init__(config, layer_idx)
-        self.hybrid_index, self.gate = hybrid_index, gate
-        self.kv_heads = config.num_key_value_heads
-        width = config.num_attention_heads * self.head_dim
-        self.cross_attn_kv_proj = nn.Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim)
+    def __init__(
+        self, text: TextFacts, layer_index: int, hybrid_index: int, gate: GateFacts, dropout: float = 0.0
+    ) -> None:
+        super().__init__(text, layer_index, dropout)
+        self.hybrid_index, self.gate, self.kv_heads = hybrid_index, gate, text.num_kv_heads
+        self.cross_attn_kv_proj = nn.Linear(text.hidden_size, 2 * text.num_kv_heads * text.head_dim)
         # A Sequential, because checkpoints call the linear layer 'cross_attn_gate_proj.0'.
         self.cross_attn_gate_proj = nn.Sequential(
-            nn.Linear(width, 1), nn.Tanh() if gate.dynamic_tanh else nn.Identity()
+            nn.Linear(text.num_heads * text.head_dim, 1), nn.Tanh() if gate.dynamic_tanh else nn.Identity()
         )
         if gate.warm_up:
             self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1))
@@ -61,38 +52,12 @@ class HybridAttention(Qwen2Attention):
         return packed.permute(0, 3, 2, 1, 4)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any = None,
-        slow: SlowBranch | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=None,
-            **kwargs,
-        )
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        self, hidden: Tensor, rotary: Rotary, mask: CausalMask, cache: Cache | None, slow: SlowBranch | None = None
+    ) -> Tensor:
+        query, output = self.query_and_output(hidden, rotary, mask, cache)
         if slow is not None:
             output = output + self.cross_attention(query, output, slow)
-        return self.o_proj(output), weights
+        return self.o_proj(output)
 
     def cross_attention(self, query: Tensor, output: Tensor, slow: SlowBranch) -> Tensor:
         """g * softmax(q k^T / sqrt(d)) v, zero where a position does not attend or a row has no slow token.
@@ -102,12 +67,10 @@ class HybridAttention(Qwen2Attention):
             output: [B, S, heads * d], the self-attention output, from which the gate is computed.
         """
         key, value = slow.key_values[:, self.hybrid_index].unbind(1)
-        key, value = (repeat_kv(x, self.num_key_value_groups) for x in (key, value))
         has_slow = slow.mask.any(-1)
         # A row without slow tokens would be a softmax over nothing: let it see all, then multiply by zero.
         mask = (slow.mask | ~has_slow[:, None])[:, None, None, :]
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        context = context.transpose(1, 2).flatten(2)
+        context = attend(query, key, value, attn_mask=mask)
         attends = slow.attends & has_slow[:, None]
         return torch.where(attends[..., None], self.gate_value(output) * context, 0)
 
@@ -120,20 +83,29 @@ class HybridAttention(Qwen2Attention):
         return value
 
 
-class DecoderLayer(Qwen2DecoderLayer):
-    """Qwen2's layer; hybrid where `hybrid_index` is given. Only hybrid layers look at `slow`."""
+class DecoderLayer(nn.Module):
+    """Norm and attention, norm and MLP, each added to its input. Only hybrid layers look at `slow`."""
 
-    def __init__(self, config: Qwen2Config, layer_idx: int, hybrid_index: int | None, gate: GateFacts | None) -> None:
-        super().__init__(config, layer_idx)
-        self.is_hybrid = hybrid_index is not None
+    def __init__(self, facts: ModelFacts, index: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        text, slow_fast = facts.text, facts.slow_fast
+        self.is_hybrid = index in slow_fast.hybrid_layers
         if self.is_hybrid:
-            self.self_attn = HybridAttention(config, layer_idx, hybrid_index, gate)
+            hybrid_index = slow_fast.hybrid_layers.index(index)
+            self.self_attn = HybridAttention(text, index, hybrid_index, slow_fast.gate, dropout)
+        else:
+            self.self_attn = Attention(text, index, dropout)
+        self.mlp = Mlp(text)
+        self.input_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
     def slow_key_values(self, slow: Tensor) -> Tensor:
         """Slow tokens [B, Ls, H] through this layer's input norm -> [B, 2, kv heads, Ls, head_dim]."""
         return self.self_attn.slow_key_values(self.input_layernorm(slow))
 
-    def forward(self, hidden_states: Tensor, *, slow: SlowBranch | None = None, **kwargs: Any) -> Tensor:
-        if self.is_hybrid:
-            kwargs["slow"] = slow
-        return super().forward(hidden_states, **kwargs)
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, mask: CausalMask, cache: Cache | None, slow: SlowBranch | None
+    ) -> Tensor:
+        given = {"slow": slow} if self.is_hybrid else {}
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, mask, cache, **given)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

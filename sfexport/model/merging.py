@@ -1,4 +1,4 @@
-"""Text and fast tokens merged into one sequence per row (REFERENCE section 6)."""
+"""Text and fast tokens merged into one sequence per row."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def merge(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor | None,
-    fast: Sequence[Tensor] | None,
+    fast: Sequence[Tensor | None] | None,
     embed: Callable[[Tensor], Tensor],
     max_length: int | None,
     padding_side: str,
@@ -57,7 +57,7 @@ def merge(
     Args:
         input_ids: int64 [B, N] with at most one VIDEO_TOKEN a row.
         attention_mask: [B, N]; positions that are 0 are removed before merging. None: all are kept.
-        fast: per row [F, H]; None where no row has a video.
+        fast: per row [F, H], or None for a row without video; None where no row has one.
 
     Raises:
         InputError: a row with several videos, or a video token without a video.

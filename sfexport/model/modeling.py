@@ -7,103 +7,44 @@ published code behaves) and 'trained' (they do, as in training).
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM, Qwen2Model
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
-from transformers.models.qwen2.modeling_qwen2 import Qwen2PreTrainedModel, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
-from sfexport.model.compressor import fast_tokens, slow_tokens
+from sfexport.model import caches
 from sfexport.model.configuration import LlavaQwenSlowFastConfig
-from sfexport.model.hybrid_decoder import DecoderLayer, HybridAttention, SlowBranch
-from sfexport.model.merging import VISUAL, Merged, attending_positions, merge
-from sfexport.model.projector import build_projector
-from sfexport.model.srelu import SReLU
-from sfexport.model.vision import ConvNextBlock, VisionTower
+from sfexport.model.hybrid_decoder import SlowBranch
+from sfexport.model.merging import IGNORED_LABEL, VISUAL, Merged, attending_positions, merge
+from sfexport.model.slow_fast_model import LlavaQwenSlowFastModel, SlowFastPreTrainedModel
+
+# timm and open_clip call ConvNeXt's layer scale 'gamma'; the released files say 'weight'.
+_LAYER_SCALE = re.compile(r"(vision_tower\.stages\.\d+\.blocks\.\d+)\.gamma$")
 
 
-@dataclass
-class EncodedVideos:
-    """A batch's visual tokens: slow [T * P, H] and fast [F * P', H] per row."""
-
-    slow: list[Tensor]
-    fast: list[Tensor]
-
-    def padded_slow(self) -> tuple[Tensor, Tensor]:
-        """Slow tokens [B, Ls, H], zero-padded on the right, and their mask, bool [B, Ls]."""
-        lengths = torch.tensor([len(s) for s in self.slow], device=self.slow[0].device)
-        padded = nn.utils.rnn.pad_sequence(self.slow, batch_first=True)
-        return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-
-
-class LlavaQwenSlowFastModel(Qwen2Model):
-    """Tower, projector and hybrid decoder under the checkpoint's names."""
-
-    config_class = LlavaQwenSlowFastConfig
-
-    def __init__(self, config: LlavaQwenSlowFastConfig) -> None:
-        # Not Qwen2Model.__init__: it would build the plain layers first, only for them to be replaced.
-        Qwen2PreTrainedModel.__init__(self, config)
-        facts = config.facts
-        self.padding_idx, self.vocab_size = None, config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        hybrid = {layer: k for k, layer in enumerate(facts.slow_fast.hybrid_layers)}
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, hybrid.get(i), facts.slow_fast.gate) for i in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config=config)
-        self.gradient_checkpointing, self.has_sliding_layers = False, False
-        self.vision_tower = VisionTower(config.tower)
-        self.mm_projector = build_projector(facts.projector, config.hidden_size)
-        self.post_init()
-
-    def encode_videos(self, videos: Sequence[Tensor]) -> EncodedVideos:
-        """Frames [T, 3, S, S] (or one image [3, S, S]) per row -> slow and fast tokens."""
-        facts = self.config.facts.slow_fast
-        videos = [v if v.ndim == 4 else v[None] for v in videos]
-        frames = torch.cat([v.to(self.dtype) for v in videos])
-        projected = self.mm_projector(self.vision_tower(frames)).split([len(v) for v in videos])
-        slow = [slow_tokens(p, facts.video_pooling_stride) for p in projected]
-        return EncodedVideos([s.flatten(0, 1) for s in slow], [fast_tokens(s, facts.fast) for s in slow])
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """For what a checkpoint lacks. Here, because transformers asks the innermost PreTrainedModel."""
-        super()._init_weights(module)
-        if isinstance(module, ConvNextBlock):
-            nn.init.constant_(module.weight, 1e-6)
-        if isinstance(module, HybridAttention) and module.gate.warm_up:
-            nn.init.zeros_(module.cross_attn_warm_up_gate)
-        if isinstance(module, SReLU):
-            module.reset_parameters()
-
-    def slow_key_values(self, slow: Tensor) -> Tensor:
-        """Slow tokens [B, Ls, H] -> K and V of all hybrid layers, [B, hybrid layers, 2, kv heads, Ls, head_dim]."""
-        return torch.stack([layer.slow_key_values(slow) for layer in self.layers if layer.is_hybrid], dim=1)
-
-
-class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
+class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
     """The model users load: `AutoModelForCausalLM.from_pretrained(checkpoint)` after `import sfexport.model`."""
 
-    config_class = LlavaQwenSlowFastConfig
+    accepts_loss_kwargs = True  # transformers' Trainer then gives num_items_in_batch
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.vision_tower\.(head|vision_model\.(head|post_layernorm))\."]
-    _keys_to_ignore_on_load_missing = [r"vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids"]
 
     def __init__(self, config: LlavaQwenSlowFastConfig) -> None:
-        Qwen2PreTrainedModel.__init__(self, config)
+        super().__init__(config)
+        text = config.facts.text
         self.model = LlavaQwenSlowFastModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -113,37 +54,67 @@ class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
             config = cls.config_class.from_pretrained(path)
         if "decode_mode" in kwargs:
             config.decode_mode = kwargs.pop("decode_mode")
-        if getattr(config, "vision_tower_sizes", None) is None and Path(path).is_dir():
-            config.set_tower(Checkpoint.open(path).tower)
-        return super().from_pretrained(path, *args, config=config, **kwargs)
+        if kwargs.get("state_dict") is not None or not Path(path).is_dir():
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        checkpoint = Checkpoint.open(path)
+        if getattr(config, "vision_tower_sizes", None) is None:
+            config.set_tower(checkpoint.tower)
+        state = _renamed_layer_scale(checkpoint)
+        if state is None:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = str(path)
+        if (checkpoint.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
 
     def prepare_multimodal(
         self,
         input_ids: Tensor,
-        images: Sequence[Tensor] | None = None,
+        images: Sequence[Tensor | None] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        padding_side: str | None = None,
     ) -> tuple[Merged, SlowBranch | None]:
         """Encode the videos and merge them into the prompts.
 
         Args:
             input_ids: int64 [B, N]; -200 stands for the row's video.
-            images: one [T, 3, S, S] or [3, S, S] per row (T = 1: an image), also for rows without a -200; None
-                for text only.
+            images: one [T, 3, S, S] or [3, S, S] (T = 1: an image) or None per row, also for rows without a -200;
+                None for text only.
             attention_mask, labels: [B, N] or None.
+            padding_side: of the merged rows; None: the configuration's.
         """
         text, slow_fast = self.config.facts.text, self.config.facts.slow_fast
         if images is not None and len(images) != len(input_ids):
             raise InputError(f"{len(input_ids)} prompts need as many videos or images; {len(images)} were given.")
-        videos = None if images is None else self.model.encode_videos(images)
+        videos = None
+        if images is not None and any(video is not None for video in images):
+            videos = self.model.encode_videos(images)
+        fast = (
+            None if videos is None else [f if len(s) else None for s, f in zip(videos.slow, videos.fast, strict=True)]
+        )
         merged = merge(
             input_ids,
             attention_mask,
             labels,
-            None if videos is None else videos.fast,
+            fast,
             self.model.embed_tokens,
             text.max_length,
-            text.padding_side,
+            padding_side or text.padding_side,
         )
         if videos is None or not slow_fast.hybrid_layers:
             return merged, None
@@ -157,47 +128,75 @@ class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        images: Sequence[Tensor] | None = None,
+        images: Sequence[Tensor | None] | None = None,
         slow_key_values: Tensor | None = None,
         slow_attends: Tensor | None = None,
         slow_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [B, L, V] over the merged sequence, and the loss where labels [B, N] are given.
 
-        `slow_*` are SlowBranch's fields, for callers (such as generate) that have encoded the videos already.
+        `slow_*` are SlowBranch's fields, for callers (such as generate) that have encoded the videos already. A call
+        that goes on from a cache (`cache` or `past_key_values`) takes token ids or embeddings, and an attention mask
+        over everything since the first position.
         """
-        if inputs_embeds is None and past_key_values is None:
+        cache = caches.take_cache(kwargs)
+        slow = None if slow_key_values is None else SlowBranch(slow_key_values, slow_attends, slow_mask)
+        goes_on = caches.length(cache) > 0
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("The model takes either input_ids or inputs_embeds.")
+        if images is not None and (goes_on or inputs_embeds is not None):
+            raise InputError("Videos belong to a prompt's token ids, not to embeddings or to what follows a prompt.")
+        if inputs_embeds is None and goes_on:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        elif inputs_embeds is None:
             merged, slow = self.prepare_multimodal(input_ids, images, attention_mask, labels)
-            input_ids, inputs_embeds, position_ids = None, merged.inputs_embeds, merged.position_ids
-            attention_mask = merged.attention_mask
+            inputs_embeds, position_ids, attention_mask = (
+                merged.inputs_embeds,
+                merged.position_ids,
+                merged.attention_mask,
+            )
             labels = None if labels is None else merged.labels
-        else:
-            slow = None if slow_key_values is None else SlowBranch(slow_key_values, slow_attends, slow_mask)
-        return super().forward(
-            input_ids=input_ids,
+        out = self.model(
+            inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
+            use_cache=use_cache,
             slow=slow,
+            output_hidden_states=bool(output_hidden_states),
+            **{caches.NAME: cache},
             **kwargs,
         )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        result = CausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=out.hidden_states,
+            **{caches.NAME: out.get(caches.NAME)},
+        )
+        return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
-        images: Sequence[Tensor] | None = None,
+        images: Sequence[Tensor | None] | None = None,
         attention_mask: Tensor | None = None,
         decode_mode: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate on [B, N] prompts and one video a row; returns the new tokens only.
+
+        Rows of different lengths are padded on the left whatever the configuration says, so that each answer is the
+        one that its row has alone.
 
         Args:
             decode_mode: 'released' or 'trained'; None takes the configuration's.
@@ -206,8 +205,18 @@ class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
         if decode_mode not in DECODE_MODES:
             raise InputError(f"Unknown decode mode {decode_mode!r}; choose one of {', '.join(DECODE_MODES)}.")
         if inputs is None:
-            inputs = kwargs.pop("input_ids")
-        merged, slow = self.prepare_multimodal(inputs, images, attention_mask)
+            inputs = kwargs.pop("input_ids", None)
+        if inputs is None:
+            raise InputError("generate needs a prompt's token ids, [B, N].")
+        cache = caches.take_cache(kwargs)
+        if caches.length(cache):
+            raise InputError("generate starts with an empty cache.", "Give the whole prompt and no cache.")
+        if cache is not None:
+            kwargs[caches.NAME] = cache
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            raise InputError("prefill_chunk_size does not work with a video's embeddings.", "Leave it out.")
+        merged, slow = self.prepare_multimodal(inputs, images, attention_mask, padding_side="left")
         if slow is not None:
             kwargs |= {"slow_key_values": slow.key_values, "slow_attends": slow.attends, "slow_mask": slow.mask}
         return super().generate(
@@ -221,24 +230,71 @@ class LlavaQwenSlowFastForCausalLM(Qwen2ForCausalLM):
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         decode_mode: str = "released",
-        is_first_iteration: bool = False,
+        slow_key_values: Tensor | None = None,
+        slow_attends: Tensor | None = None,
+        slow_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prefill as merged; a decode step drops the slow branch ('released') or attends to it ('trained')."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if inputs.get("slow_key_values") is None or is_first_iteration:
-            return inputs
-        if decode_mode == "released":
-            return inputs | {"slow_key_values": None, "slow_attends": None, "slow_mask": None}
-        return inputs | {"slow_attends": torch.ones_like(inputs["input_ids"], dtype=torch.bool)}
+        """The next call's arguments, from what the cache holds: all that it does not hold is computed.
+
+        Args:
+            input_ids: the tokens generated so far, [B, new].
+            inputs_embeds: the merged prompt.
+            attention_mask: over the prompt and the new tokens; None: no padding.
+            decode_mode: whether new tokens attend to the slow tokens ('trained') or not ('released').
+
+        Raises:
+            InputError: a cache or a mask that does not fit the tokens.
+        """
+        cache = caches.take_cache(kwargs)
+        past, prompt = caches.length(cache), inputs_embeds.shape[1]
+        total = prompt + input_ids.shape[1]
+        covered = total if attention_mask is None else attention_mask.shape[1]
+        if covered != total or 0 < past < prompt or past >= total:
+            raise InputError(
+                f"The cache holds {past} positions and the attention mask covers {covered}; the prompt and the tokens "
+                f"generated so far are {total}.",
+                "This transformers version may hand over its cache in another way; use another version.",
+            )
+        embeds = self.model.embed_tokens(input_ids[:, max(0, past - prompt) :])
+        attends = torch.full(embeds.shape[:2], decode_mode == "trained", device=embeds.device)
+        if not past:
+            embeds = torch.cat([inputs_embeds, embeds], dim=1)
+            attends = None if slow_attends is None else torch.cat([slow_attends, attends], dim=1)
+        out = {name: kwargs[name] for name in ("use_cache", "logits_to_keep", "output_hidden_states") if name in kwargs}
+        if kwargs.get("output_attentions"):
+            raise InputError("The model does not return attention weights.", "Leave output_attentions out.")
+        if slow_key_values is not None and (not past or decode_mode == "trained"):
+            out |= {"slow_key_values": slow_key_values, "slow_attends": attends, "slow_mask": slow_mask}
+        return out | {"inputs_embeds": embeds, "attention_mask": attention_mask, caches.NAME: cache}
 
 
-# timm and open_clip call ConvNeXt's layer scale 'gamma'; the released files say 'weight'.
-register_checkpoint_conversion_mapping(
-    LlavaQwenSlowFastForCausalLM.__name__,
-    [WeightRenaming(r"(vision_tower\.stages\.\d+\.blocks\.\d+)\.gamma", r"\1.weight")],
-    overwrite=True,
-)
+def _renamed_layer_scale(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """All tensors with each `gamma` called `weight`; None where none is called so, and nothing need be renamed."""
+    state: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(shard.path, framework="pt")) for shard in checkpoint.shards]
+        if not any(_LAYER_SCALE.search(name) for file in files for name in file.keys()):  # noqa: SIM118
+            return None
+        for file in files:
+            state |= {_LAYER_SCALE.sub(r"\1.weight", name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return state
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of each position's next label, IGNORED_LABEL left out.
+
+    Args:
+        num_items_in_batch: labels of all batches that one optimizer step sums up; None: the mean of this batch.
+
+    Raises:
+        InputError: logits of some positions only.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise InputError(f"{logits.shape[1]} positions have logits and {labels.shape[1]} have labels.")
+    found, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    if num_items_in_batch is None:
+        return F.cross_entropy(found, wanted, ignore_index=IGNORED_LABEL)
+    return F.cross_entropy(found, wanted, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch

@@ -1,13 +1,13 @@
-"""Vision towers in PyTorch: ConvNeXt in timm's names, CLIP and SigLIP from transformers.
+"""Vision towers in PyTorch: ConvNeXt in timm's names, CLIP and SigLIP in transformers'.
 
-Source: REFERENCE section 3 (ConvNeXt-XXL without final norm or head; every LayerNorm eps 1e-5).
+ConvNeXt-XXL has no final norm and no head, and every LayerNorm an eps of 1e-5.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from torch.nn import functional as F
 
 from sfexport.towers import ConvNextTower, Tower, VitTower
 
@@ -79,40 +79,100 @@ class ConvNext(nn.Module):
         return self.stages(self.stem(pixel_values)).flatten(2).transpose(1, 2)
 
 
+class VitEmbeddings(nn.Module):
+    """Patches in rows, CLIP's class token before them, learned positions: [N, 3, S, S] -> [N, tokens, C]."""
+
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        is_clip, cells = tower.kind == "clip", tower.grid(tower.image_size) ** 2
+        if is_clip:
+            self.class_embedding = nn.Parameter(torch.zeros(tower.width))
+        self.patch_embedding = nn.Conv2d(3, tower.width, tower.patch, tower.patch, bias=not is_clip)
+        self.position_embedding = nn.Embedding(cells + is_clip, tower.width)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        if hasattr(self, "class_embedding"):
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        return x + self.position_embedding.weight
+
+
+class VitAttention(nn.Module):
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        self.heads = tower.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(tower.width, tower.width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class VitMlp(nn.Module):
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        self.activation = tower.activation
+        self.fc1 = nn.Linear(tower.width, tower.intermediate_size)
+        self.fc2 = nn.Linear(tower.intermediate_size, tower.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x, approximate="tanh")
+        return self.fc2(x)
+
+
+class VitLayer(nn.Module):
+    """Norm and attention, norm and MLP, each added to its input."""
+
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(tower.width, eps=tower.layer_norm_eps)
+        self.self_attn = VitAttention(tower)
+        self.layer_norm2 = nn.LayerNorm(tower.width, eps=tower.layer_norm_eps)
+        self.mlp = VitMlp(tower)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VitEncoder(nn.Module):
+    """The layers up to the selected one: hidden_states[select_layer] needs no later layer and no final norm."""
+
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(VitLayer(tower) for _ in range(tower.num_layers_used)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class VitModel(nn.Module):
+    def __init__(self, tower: VitTower) -> None:
+        super().__init__()
+        self.embeddings = VitEmbeddings(tower)
+        is_clip = tower.kind == "clip"
+        self.pre_layrnorm = nn.LayerNorm(tower.width, eps=tower.layer_norm_eps) if is_clip else nn.Identity()
+        self.encoder = VitEncoder(tower)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+
+
 class Vit(nn.Module):
     """CLIP's or SigLIP's transformer, cut at the selected layer: pixels [N, 3, S, S] -> features [N, n, C]."""
 
     def __init__(self, tower: VitTower) -> None:
         super().__init__()
         self.drop_class_token = tower.kind == "clip"
-        self.vision_model = _clip(tower) if tower.kind == "clip" else _siglip(tower)
-        # hidden_states[select_layer] needs no later layer and no final norm: the rest is not built.
-        self.vision_model.post_layernorm = nn.Identity()
+        self.vision_model = VitModel(tower)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features = self.vision_model(pixel_values).last_hidden_state
+        features = self.vision_model(pixel_values)
         return features[:, 1:] if self.drop_class_token else features
-
-
-def _vit_sizes(tower: VitTower) -> dict:
-    return {
-        "hidden_size": tower.width,
-        "num_hidden_layers": tower.num_layers_used,
-        "num_attention_heads": tower.num_heads,
-        "intermediate_size": tower.intermediate_size,
-        "patch_size": tower.patch,
-        "image_size": tower.image_size,
-        "layer_norm_eps": tower.layer_norm_eps,
-    }
-
-
-def _clip(tower: VitTower) -> nn.Module:
-    return CLIPVisionModel(CLIPVisionConfig(hidden_act="quick_gelu", **_vit_sizes(tower)))
-
-
-def _siglip(tower: VitTower) -> nn.Module:
-    config = SiglipVisionConfig(hidden_act="gelu_pytorch_tanh", vision_use_head=False, **_vit_sizes(tower))
-    return SiglipVisionModel(config)
 
 
 class VisionTower(nn.Module):
