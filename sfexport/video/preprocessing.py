@@ -1,6 +1,6 @@
 """From RGB frames to the tower's pixels, bit for bit what transformers' CLIPImageProcessor gives.
 
-Imports numpy, PIL, sfexport.errors and sfexport.images.
+Imports numpy, PIL, sfexport.errors, sfexport.images and resampling.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from PIL import Image
 
 from sfexport.errors import InputError
 from sfexport.images import ImageFacts
+from sfexport.video.resampling import resized_window
+
+WHOLE_STRIPS = 4  # frames up to this many times as long as wide are resized whole, which Pillow does faster
 
 
 def preprocess(frames: Sequence[np.ndarray], image: ImageFacts) -> np.ndarray:
@@ -60,8 +63,13 @@ def _shape(frame: np.ndarray, image: ImageFacts) -> np.ndarray:
     height, width = frame.shape[:2]
     short = min(height, width)
     # The short side must come out as `size` itself; size * short / short is exact.
-    resized = _resize(frame, *(int(image.size * side / short) for side in (height, width)))
-    return _centre_crop(resized, image.crop)
+    target = tuple(int(image.size * side / short) for side in (height, width))
+    if max(target) > WHOLE_STRIPS * max(image.size, image.crop):
+        # What the crop leaves away is not even computed.
+        shape = tuple(min(side, image.crop) for side in target)
+        offset = tuple((side - part) // 2 for side, part in zip(target, shape, strict=True))
+        return _centre_crop(resized_window(frame, target, offset, shape), image.crop)
+    return _centre_crop(_resize(frame, *target), image.crop)
 
 
 def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from sfexport.errors import InputError
 from sfexport.images import CLIP_MEAN, CLIP_STD, ImageFacts
 from sfexport.video.preprocessing import preprocess
+from sfexport.video.resampling import resized_window
 
 GOLDEN = Path(__file__).parents[1] / "data" / "preprocess_size64.npz"
 CLIP_64 = ImageFacts(size=64, crop=64, keep_aspect=True, mean=CLIP_MEAN, std=CLIP_STD)
@@ -84,6 +86,58 @@ def test_frames_of_different_sizes_and_read_only_frames() -> None:
 
 def test_no_frames() -> None:
     assert preprocess([], CLIP_64).shape == (0, 3, 64, 64)
+
+
+@given(
+    height=st.integers(1, 120),
+    width=st.integers(1, 120),
+    target=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    seed=st.integers(0, 99),
+)
+def test_a_window_is_bit_identical_to_the_whole(height: int, width: int, target: tuple[int, int], seed: int) -> None:
+    frame = noise(height, width, seed)
+    whole = np.asarray(Image.fromarray(frame).resize(target[::-1], Image.Resampling.BICUBIC))
+    top, left = target[0] // 3, target[1] // 4
+    window = resized_window(frame, target, (top, left), (target[0] - top, max(target[1] // 2, 1)))
+    assert np.array_equal(window, whole[top:, left : left + max(target[1] // 2, 1)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(4000, 16), (16, 4000), (30, 700), (1000, 7), (3, 90), (2100, 500)])
+@pytest.mark.parametrize("crop", [24, 57, 90])
+def test_thin_frames_have_the_same_pixels_as_when_resized_whole(height: int, width: int, crop: int) -> None:
+    frame = noise(height, width) | 1
+    short = min(height, width)
+    target = [int(57 * side / short) for side in (width, height)]
+    whole = np.asarray(Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC))
+    facts = ImageFacts(size=57, crop=crop, keep_aspect=True, **RAW)
+    pixels = np.rint(preprocess([frame], facts)[0] * 255).transpose(1, 2, 0)
+    # The image processor's own rule for the crop, padding included.
+    expected = np.zeros((crop, crop, 3))
+    rows, columns = (_overlap(side, crop) for side in whole.shape[:2])
+    expected[rows[1], columns[1]] = whole[rows[0], columns[0]]
+    assert np.array_equal(pixels, expected)
+
+
+def _overlap(side: int, crop: int) -> tuple[slice, slice]:
+    """Where the middle lies in the picture and in the crop."""
+    if side >= crop:
+        first = (side - crop) // 2
+        return slice(first, first + crop), slice(0, crop)
+    first = -(-(crop - side) // 2)
+    return slice(0, side), slice(first, first + side)
+
+
+def test_one_column_of_pixels_takes_little_memory() -> None:
+    facts = ImageFacts(size=576, crop=576, keep_aspect=True, **RAW)
+    frame = noise(100_000, 1)
+    tracemalloc.start()
+    try:
+        pixels = preprocess([frame], facts)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    # The middle pixel alone is seen, blended with its neighbours.
+    assert pixels[0, :, 288].std(axis=-1).max() < 1e-6
 
 
 @given(
