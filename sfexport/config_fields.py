@@ -213,7 +213,7 @@ def wrong(name: str, value: Any, wanted: str) -> CheckpointError:
 def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuse a value that is not one of `allowed`, types included: 1 is not True."""
     if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
-        raise wrong(name, value, " or ".join(map(repr, dict.fromkeys(allowed))) or "absent")
+        raise wrong(name, value, " or ".join(dict.fromkeys(map(repr, allowed))) or "absent")
 
 
 def _check_rope(name: str, rope: dict[str, Any] | None) -> None:

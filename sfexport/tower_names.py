@@ -42,8 +42,8 @@ def tower_kind(config: Mapping[str, Any], shapes: Shapes | None = None) -> str:
 def named_size(config: Mapping[str, Any]) -> int | None:
     """The pixels at the end of a tower's name: 576 of 'convnext-576'."""
     parts = _components(str(config.get("mm_vision_tower")))
-    match = re.search(r"-(\d{1,9})$", parts[-1]) if parts else None
-    return int(match.group(1)) if match and int(match.group(1)) > 0 else None
+    match = re.search(r"-(\d+)$", parts[-1]) if parts else None
+    return int(match.group(1)[:12]) or None if match else None
 
 
 def _components(name: str) -> list[str]:
