@@ -1,117 +1,247 @@
-"""Directories and files that appear whole or not at all. May import sfexport.errors only."""
+"""Directories and files that appear whole or not at all, whenever the process is killed.
+
+What is written goes to a hidden sibling, `.<name>.<random>.partial`, and takes its place in one step. A sibling is
+locked while its process lives; the next that writes to the same place removes those without a lock.
+May import sfexport.errors and sfexport.ownership.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from sfexport.errors import InputError
+from sfexport.ownership import check_output, unwritable
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_PARTIAL = ".partial"
-
-
-def check_output(target: Path, ours: str) -> None:
-    """Refuse a place that cannot be written, or that holds something that is not ours.
-
-    Args:
-        ours: the manifest's file name; a directory that has it may be replaced, and so may an empty one. We
-            write no directories into it: one that has any holds something of the user's too.
-
-    Raises:
-        InputError: with what is in the way.
-    """
-    hint = "Choose another with -o, or empty it first; nothing was changed."
-    try:
-        if os.path.lexists(target) and not target.is_dir():
-            raise InputError(f"The output {target} exists and is not a directory.", "Choose another with -o.")
-        entries = list(target.iterdir()) if target.is_dir() else []
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    if Path.cwd().is_relative_to(target.resolve()):
-        raise InputError(f"The output {target} is the current directory or above it.", "Name another with -o.")
-    if entries and not (target / ours).is_file():
-        raise InputError(f"The output directory {target} already holds something else (no {ours} in it).", hint)
-    for entry in entries:
-        if entry.is_dir():
-            raise InputError(f"The output directory {target} also holds the directory {entry.name}.", hint)
-
-
-def _unwritable(target: Path, error: OSError) -> InputError:
-    return InputError(f"The output {target} cannot be written: {error.strerror or error}.", "Choose another with -o.")
+_PARTIAL, _OLD = ".partial", ".old"
+_LONGEST_NAME = 200  # bytes: a sibling's name must fit into the usual 255
+_PATIENCE = 30.0  # seconds that another process may take to put a whole directory in its place
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EBUSY}
+_BUSY = -1  # in the place of a lock's handle
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, ours: str) -> Iterator[Path]:
-    """A temporary sibling of `target` to write into; renamed to it at the end, removed if anything fails.
+def new_directory(target: Path, manifest: str | None) -> Iterator[Path]:
+    """Give a temporary sibling of `target` to write into; it becomes `target` at the end, or is removed if that fails.
 
-    One that a killed process left behind is removed by the next that writes to the same target.
+    An earlier output is replaced in one step, and only if it is ours (see ownership.check_output). Where `target` is
+    a link, the directory it leads to is replaced and the link stays.
 
     Raises:
-        InputError: as check_output, and where the parent cannot be written or the disk is full.
+        InputError: as check_output; the parent cannot be written, or the disk is full.
     """
-    check_output(target, ours)
-    target = target.resolve() if target.name == ".." else target
+    check_output(target, manifest)
+    target = target.resolve() if target.name == ".." or target.is_symlink() else target
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):
+            target.lstat()  # raises for a name that is too long
+        temporary, lock = _new_sibling(target)
     except OSError as error:
         _remove_empty(made)
-        raise _unwritable(target, error) from None
+        raise unwritable(target, error) from None
     try:
-        with _locked(temporary):
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            _replace(temporary, target)
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        with _parent_lock(target):
+            check_output(target, manifest)
+            _put(temporary, target)
+        _remove(temporary)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         _remove_empty(made)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _unwritable(target, error) from None
+        if isinstance(error, OSError) and _is_about_writing(error, temporary):
+            raise unwritable(target, error) from None
         raise
+    finally:
+        _unlock(lock)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Hold a directory's lock, which the system gives back when the process ends; False where it cannot be had."""
-    handle = _lock(directory)
+def new_file(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `target`, of the same suffix, to write to; it becomes `target` at the end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = target.resolve() if target.is_symlink() else target
+    temporary, lock = _new_sibling(target, is_file=True)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _unlock(lock)
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write or replace a small file in one step. Raises OSError where it cannot be written."""
+    with new_file(target) as file:
+        file.write_bytes(data)
+
+
+def restore(target: Path) -> None:
+    """Put back a directory that a killed process had moved aside to replace it, if `target` is absent."""
+    if not os.path.lexists(target) and target.parent.is_dir() and list(_siblings(target, _OLD)):
+        with contextlib.suppress(OSError), _parent_lock(target) as locked:
+            _sweep_old(target) if locked else None
+
+
+def is_leftover(name: str, target: str) -> bool:
+    """Whether a file name is that of a sibling that was being written, or moved aside, for `target`."""
+    rest = name.removeprefix(_prefix(target))
+    return rest != name and (_PARTIAL in rest or rest.endswith(_OLD))
+
+
+def _new_sibling(target: Path, is_file: bool = False) -> tuple[Path, int | None]:
+    """A temporary directory, or a file of the same suffix, beside `target`, and its lock."""
+    with _parent_lock(target) as locked:
+        if locked:
+            _sweep_old(target)
+        _sweep_partial(target)
+        prefix, suffix = _prefix(target.name), _PARTIAL + (target.suffix if is_file else "")
+        if is_file:
+            handle, name = tempfile.mkstemp(suffix, prefix, target.parent)
+            os.close(handle)
+        else:
+            name = tempfile.mkdtemp(suffix, prefix, target.parent)
+        return Path(name), _lock(Path(name))
+
+
+def _prefix(name: str) -> str:
+    """How the names of a target's siblings begin."""
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}."
+
+
+def _siblings(target: Path, kind: str) -> Iterator[Path]:
+    return target.parent.glob(f"{glob.escape(_prefix(target.name))}*{kind}*")
+
+
+def _sweep_partial(target: Path) -> None:
+    """Remove what processes that were killed while they wrote to `target` left behind."""
+    for found in _siblings(target, _PARTIAL):
+        with contextlib.suppress(OSError):
+            handle = _lock(found)
+            if handle is not None:
+                _remove(found)
+                _unlock(handle)
+
+
+def _sweep_old(target: Path) -> None:
+    """Put back what was moved aside for a new directory that never came; remove it where one came."""
+    for found in sorted(_siblings(target, _OLD), key=lambda path: path.lstat().st_mtime, reverse=True):
+        if not os.path.lexists(target) and (found / target.name).is_dir():
+            (found / target.name).rename(target)
+        _remove(found)
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Make `temporary` the new `target`; an old one is left at `temporary`, or is gone."""
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        # Two steps where the system has no exchange: a kill in between is mended by `restore`.
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(target.name), suffix=_OLD, dir=target.parent))
+        try:
+            target.rename(aside / target.name)
+            try:
+                temporary.rename(target)
+            except OSError:
+                (aside / target.name).rename(target)
+                raise
+        finally:
+            if target.exists():
+                _remove(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    swap = _renameat2()
+    return swap is not None and swap(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0
+
+
+@functools.cache
+def _renameat2() -> Any:
+    """The C library's function; None where it has none (before glibc 2.28, and on other systems than Linux)."""
+    try:
+        function = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return function
+
+
+@contextlib.contextmanager
+def _parent_lock(target: Path) -> Iterator[bool]:
+    """Hold the lock of the directory that `target` is in, for as long as names in it change; False without locks.
+
+    Raises:
+        TimeoutError: another process has held it for long.
+    """
+    handle, end = None, time.monotonic() + _PATIENCE
+    while True:
+        with contextlib.suppress(PermissionError):
+            handle = _lock(target.parent, wait=True)
+        if handle != _BUSY:
+            break
+        if time.monotonic() > end:
+            raise TimeoutError(f"another process is writing to {target.parent}")
+        time.sleep(0.01)
     try:
         yield handle is not None
     finally:
-        if handle is not None:
-            os.close(handle)
+        _unlock(handle)
 
 
-def _lock(directory: Path) -> int | None:
+def _lock(path: Path, wait: bool = False) -> int | None:
+    """A handle that holds the lock of a file or directory until it is closed or the process ends; None: no lock.
+
+    Args:
+        wait: tell the lock that another holds, _BUSY, from one that the file system does not have.
+    """
     if fcntl is None:
         return None
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process holds it, or the file system has no locks
+    except OSError as error:
         os.close(handle)
-        return None
+        return _BUSY if wait and error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return handle
 
 
-def _remove_abandoned(target: Path) -> None:
-    """What processes that were killed while they wrote to `target` left behind."""
-    for found in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
-        with contextlib.suppress(OSError), _locked(found) as abandoned:
-            if abandoned:
-                shutil.rmtree(found, ignore_errors=True)
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _remove_empty(directories: list[Path]) -> None:
@@ -121,31 +251,13 @@ def _remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
+def _is_about_writing(error: OSError, temporary: Path) -> bool:
+    name = error.filename
+    below = isinstance(name, (str, bytes)) and Path(os.fsdecode(name)).is_relative_to(temporary)
+    return below or error.errno in _DISK or isinstance(error, TimeoutError)
+
+
 def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    # A directory cannot be replaced in one step: the old one steps aside until the new one stands.
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        target.rename(aside / target.name)
-        try:
-            temporary.rename(target)
-        except OSError:
-            (aside / target.name).rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_bytes(target: Path, data: bytes) -> None:
-    """Write or replace a small file in one step. Raises OSError where it cannot be written."""
-    with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", dir=target.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, target)

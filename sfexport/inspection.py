@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sfexport.atomic import restore
 from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.facts import TOWER_PREFIX
@@ -30,6 +31,7 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is none of them, or damaged.
     """
+    restore(path)
     if not path.is_dir():
         raise InputError(f"{path} {'is not a directory' if path.exists() else 'does not exist'}.")
     path = resolve_engines(path)

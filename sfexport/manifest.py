@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sfexport import __version__
+from sfexport.atomic import restore
 from sfexport.checkpoint import Shard, Tensor, read_json
 from sfexport.errors import BundleError, InputError
 from sfexport.facts import ModelFacts
@@ -77,6 +78,7 @@ def _open_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
     Raises:
         BundleError: not such a directory, damaged, another version, a file missing or changed.
     """
+    restore(directory)
     if not directory.is_dir():
         problem = "is not a directory" if directory.exists() else "does not exist"
         raise BundleError(f"{directory} {problem}.", f"Name {kind}.")
@@ -331,7 +333,7 @@ def resolve_engines(path: Path) -> Path:
     """`path` itself, or the one engine directory in it."""
     if not path.is_dir() or (path / ENGINE_FILE).is_file():
         return path
-    found = sorted(p for p in path.iterdir() if (p / ENGINE_FILE).is_file())
+    found = sorted(p for p in path.iterdir() if not p.name.startswith(".") and (p / ENGINE_FILE).is_file())
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise BundleError(f"{path} holds several engine directories ({names}).", "Name one of them.")

@@ -145,8 +145,11 @@ def test_bundle_manifest_that_lacks_something_is_refused(key: str, tree_copy: Tr
         assert_says(paragraph, tree_copy.bundle, "again")
 
 
-def test_damaged_bundle_can_be_exported_again(tree_copy: Tree) -> None:
+def test_damaged_bundle_can_be_exported_again_once_it_is_moved_away(tree_copy: Tree) -> None:
     cut(tree_copy.bundle / "sfexport.json")
+    paragraph = refusal(tree_copy.root, "export", tree_copy.checkpoint, "-o", tree_copy.bundle)
+    assert_says(paragraph, tree_copy.bundle, "sfexport.json", "damaged", "move it away")
+    tree_copy.bundle.rename(tree_copy.root / "damaged")
     assert sfexport("export", tree_copy.checkpoint, "-o", tree_copy.bundle).exit_code == 0
     assert sfexport("inspect", tree_copy.bundle).exit_code == 0
 

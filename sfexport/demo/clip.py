@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from sfexport.atomic import new_file
 from sfexport.errors import InputError
 
 
@@ -23,17 +23,14 @@ def write_frames(path: Path, frames: Iterator[np.ndarray], fps: int, size: tuple
         InputError: an unknown file type, an unwritable path.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(draft, fps, size, frames)
-        draft.replace(path)
+        with new_file(path) as draft:
+            _encode(draft, fps, size, frames)
     except (OSError, ValueError, av.FFmpegError) as error:  # ValueError: no known container or not for this codec
         raise InputError(
             f"The demo clip cannot be written to {path}: {error}.", "Choose a writable path that ends in .mp4."
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _encoder() -> tuple[str, dict[str, str]]:

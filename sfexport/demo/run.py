@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfexport import console
+from sfexport.atomic import is_leftover, new_directory
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
@@ -15,6 +17,7 @@ from sfexport.demo.world import FPS, SIZE, UPSCALE, Question, is_sampled, make_s
 from sfexport.engines.build import build, engine_name
 from sfexport.errors import InputError, MissingDependency
 from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.ownership import DROPPINGS
 from sfexport.parity.compare import Tolerance
 from sfexport.qa.pipeline import Pipeline
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from sfexport.parity.run import ParityReport
 
 CLIP = (2026, 7)  # seed and index of the demo's clip
-PARTS = {"checkpoint", "bundle", "engines", "clip.mp4"}
+PARTS = ("checkpoint", "bundle", "engines", "clip.mp4")
+_OLD_DRAFT = re.compile(r"\.clip\.\d+\.mp4")  # what earlier versions left when they were killed
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,15 @@ def run_demo(root: Path) -> bool:
 def _check_root(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise InputError(f"{root} exists and is not a directory.", "Choose another with -o.")
-    others = {p.name for p in root.iterdir()} - PARTS if root.is_dir() else set()
-    if others:
-        raise InputError(
-            f"{root} already holds something that is not a demo ({sorted(others)[0]}).", "Choose another with -o."
-        )
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    for name in names:
+        if name not in PARTS and name not in DROPPINGS and not _is_leftover(name):
+            raise InputError(f"{root} already holds something that is not a demo ({name}).", "Choose another with -o.")
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a killed demo left it; the next one removes it or puts it back."""
+    return _OLD_DRAFT.fullmatch(name) is not None or any(is_leftover(name, part) for part in PARTS)
 
 
 def _make_inputs(paths: DemoPaths) -> None:
@@ -82,12 +90,31 @@ def _make_inputs(paths: DemoPaths) -> None:
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{paths.root} cannot be written: {error.strerror}.", "Choose another with -o.") from None
+    for draft in paths.root.iterdir():
+        if _OLD_DRAFT.fullmatch(draft.name):
+            draft.unlink(missing_ok=True)
+    if _is_incomplete(paths.checkpoint):
+        shutil.rmtree(paths.checkpoint)
     if not paths.checkpoint.exists():
         console.step("copying the demo checkpoint: a tiny Slow-Fast model, trained on clips of moving shapes")
-        shutil.copytree(SHIPPED, paths.checkpoint)
+        with new_directory(paths.checkpoint, None) as directory:
+            for file in SHIPPED.iterdir():
+                shutil.copyfile(file, directory / file.name)
     if not paths.clip.exists():
         console.step("making a clip: shapes move, and for one frame something flashes")
         write_frames(paths.clip, video_frames(*CLIP), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
+
+
+def _is_incomplete(checkpoint: Path) -> bool:
+    """Whether a directory is an interrupted copy of the shipped checkpoint, with nothing of the user's in it."""
+    if not checkpoint.is_dir():
+        return False
+    found, shipped = list(checkpoint.iterdir()), {file.name for file in SHIPPED.iterdir()}
+    if not all(file.is_file() and file.name in shipped for file in found):
+        return False
+    whole = [(file.read_bytes(), (SHIPPED / file.name).read_bytes()) for file in found]
+    begun = all(want.startswith(have) for have, want in whole)
+    return begun and (len(found) < len(shipped) or any(have != want for have, want in whole))
 
 
 def demo_questions() -> list[Question]:

@@ -120,6 +120,7 @@ def build(
             "files": describe_files(directory, sorted(file.name for file in directory.iterdir())),
         }
         write_manifest(directory / ENGINE_FILE, content | about)
+        Engines.open(directory)  # as the next command will, while earlier engines still stand
     return Engines.open(out)
 
 

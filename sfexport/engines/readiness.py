@@ -6,7 +6,6 @@ shapes; memory. Needs no GPU and no TensorRT. May import onnx and, for the kerne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
 from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
 from sfexport.kernels.store import save_kernels
 from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
-from sfexport.manifest import GRAPHS, Bundle
+from sfexport.manifest import GRAPHS, Bundle, describe_files, write_manifest
 from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
 
 KIT_FILE = "check.json"
@@ -187,12 +186,12 @@ def write_kit(readiness: Readiness, out: Path) -> None:
         InputError: the output cannot be written or holds something else.
     """
     with new_directory(out, KIT_FILE) as directory:
-        save_kernels(directory, readiness.kernels)
-        (directory / KIT_FILE).write_text(json.dumps(readiness.to_json(), indent=1) + "\n")
+        names = [*save_kernels(directory, readiness.kernels), "build.sh", "README.md"]
         script = directory / "build.sh"
         script.write_text(_script(readiness))
         script.chmod(0o755)
         (directory / "README.md").write_text(_page(readiness))
+        write_manifest(directory / KIT_FILE, readiness.to_json() | {"files": describe_files(directory, names)})
 
 
 def _script(readiness: Readiness) -> str:

@@ -7,6 +7,7 @@ file of its own (see weights_plan).
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -180,7 +181,8 @@ def export(
             ir.save(build(), directory / f"{name}.onnx")
             _check_graph(directory / f"{name}.onnx", checked_by_path=source.in_bundle)
         _write_manifest(checkpoint, source, directory, out, options)
-    return Bundle.open(out)
+        bundle = Bundle.open(directory)  # as the next command will, while an earlier bundle still stands
+    return Bundle(out, bundle.content)
 
 
 def _check_parts(checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -227,7 +229,7 @@ def _quantize_weights(
 
 def _refuse_replacing_weights(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
     """A bundle without all of a checkpoint's weights must not replace the directory that holds them."""
-    inside = any(shard.path.is_relative_to(out.resolve()) for shard in checkpoint.shards)
+    inside = any(shard.path.is_relative_to(os.path.realpath(out)) for shard in checkpoint.shards)
     if inside and (options.quantize is not None or not _copies_weights(checkpoint, options)):
         raise InputError(
             f"The output {out} holds the checkpoint's weights, and the new bundle would not.",

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfexport.atomic import check_output
+from sfexport.atomic import restore
 from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.graphs.bundle import ExportOptions, export
 from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle
+from sfexport.ownership import check_output
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def bundle_from(
     Raises:
         InputError: `output` is taken, or a bundle is not as wanted. CheckpointError, BundleError: see there.
     """
+    restore(source)
     if (source / BUNDLE_FILE).is_file():
         bundle = Bundle.open(source)
         _check_agrees(bundle, wanted)
