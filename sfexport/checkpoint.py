@@ -20,6 +20,7 @@ from sfexport.config_fields import ConfigFields
 from sfexport.errors import CheckpointError
 from sfexport.facts import TOWER_PREFIX, ModelFacts
 from sfexport.fields import shown, unknown_fields
+from sfexport.generation_config import generation_notes
 from sfexport.images import ImageFacts, image_notes
 from sfexport.shards import DTYPE_BYTES, Shard, Tensor, read_shard
 from sfexport.small_files import is_present, read_json, read_optional_json
@@ -161,7 +162,7 @@ class Checkpoint:
             notes.append(f"not used, as in the reference: {len(known)} tensors ({_folded(known)})")
         if others := sorted(set(unused) - set(known)):
             notes.append(f"not used, as transformers leaves them out: {len(others)} tensors ({_folded(others)})")
-        return notes + tokenizer_notes(self.path)
+        return notes + tokenizer_notes(self.path) + generation_notes(self.path)
 
     def validate(self) -> None:
         """Check the name, shape and dtype of every tensor that the model needs, and that a frame gives tokens.

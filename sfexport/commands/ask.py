@@ -34,7 +34,9 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 )
 @click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
 @click.option("--temperature", type=float, help="0 is greedy.  [default: the checkpoint's]")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens only.")
+@click.option(
+    "--top-k", type=int, help="Sample among the k likeliest tokens only; 0: all.  [default: the checkpoint's, else 50]"
+)
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens with this mass only.")
 @click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")

@@ -56,7 +56,11 @@ class Pipeline:
 
     def generation_options(self) -> GenerationOptions:
         """The checkpoint's defaults."""
-        return GenerationOptions.from_config(self.bundle.generation_config(), self.tokenizer.end_of_turn())
+        config, own = self.bundle.generation_config(), self.bundle.config.get("eos_token_id")
+        # transformers reads config.json's end tokens only where there is no generation_config.json.
+        options = GenerationOptions.from_config(config, self.tokenizer.end_of_turn(), own if not config else None)
+        options.check_tokens(self.tokenizer.vocabulary_size)
+        return options
 
     def read_frames(self, video: Any, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
         """All sampled frames at once, for comparisons: pixels [n, 3, S, S] and, per sampled frame, its row."""

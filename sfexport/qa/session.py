@@ -166,11 +166,12 @@ class VideoSession:
             raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
         text = self._backend.facts.text
         ids = check_question(question, self._tokenizer, self.fast_tokens, text, control_tokens)
+        sampler = Sampler(options, self._prefix.length + len(ids))
         watch = Stopwatch()
         with watch.stage("prefill"):
             logits, past = self._step(self._embedding(ids), self._prefix, attends=True)
         with watch.stage("decode"):
-            new = self._generate(logits, past, options, mode == "trained", on_text or (lambda text: None))
+            new = self._generate(logits, past, sampler, mode == "trained", on_text or (lambda text: None))
         return self._answer(question, ids, new, options, watch)
 
     def _answer(
@@ -188,17 +189,17 @@ class VideoSession:
         )
 
     def _generate(
-        self, logits: np.ndarray, past: KeyValues, options: GenerationOptions, attends: bool, on_text: OnText
+        self, logits: np.ndarray, past: KeyValues, sampler: Sampler, attends: bool, on_text: OnText
     ) -> list[int]:
         """Token ids up to and including a stop token."""
-        sampler, stream = Sampler(options), _TextStream(self._tokenizer, on_text)
+        stream = _TextStream(self._tokenizer, on_text)
         while True:
             # Rows beyond the tokenizer are padding of the table; the reference cuts them off on loading.
             token = sampler.next(logits[: self._tokenizer.vocabulary_size])
-            if token in options.stop_ids:
+            if token in sampler.options.stop_ids:
                 break
             stream.add(token)
-            if len(sampler.ids) >= options.max_new_tokens:
+            if len(sampler.ids) >= sampler.limit:
                 break
             logits, past = self._step(self._embedding([token]), past, attends)
         stream.close()
