@@ -47,12 +47,15 @@ class Decoder:
 
     def list_packets(self) -> list[PacketFacts]:
         """The packets of the main video stream; of the next best where it is empty."""
-        for stream in video_streams(self.container, self._path):
-            self._stream_index = stream.index
-            self.rewind()
+        # Numbers, as a stream must not be asked for anything once its container is closed.
+        for index in [stream.index for stream in video_streams(self.container, self._path)]:
+            if index != self.stream.index:
+                self._stream_index = index
+                self.rewind()
             codec = self.stream.codec_context.name
             facts = [packet_facts(packet, codec) for packet in packets(self.container, self.stream)]
             if facts:
+                self._stream_index = index
                 return facts
         raise VideoError(f"'{self._path}' has a video stream without any frames.", "Record or convert it again.")
 
