@@ -26,6 +26,7 @@ from sfexport.shards import DTYPE_BYTES, Shard, Tensor, read_shard
 from sfexport.small_files import is_present, read_json, read_optional_json
 from sfexport.tokenizer_files import tokenizer_notes
 from sfexport.towers import Tower, VitTower, read_tower
+from sfexport.values import as_path
 from sfexport.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, choose_weights, refuse_adapter
 
 __all__ = [
@@ -85,7 +86,7 @@ class Checkpoint:
             CheckpointError: no such directory, not a checkpoint, pickles only, an adapter that is not merged, a
                 damaged or truncated shard.
         """
-        path = Path(path)
+        path = as_path(path, "A checkpoint")
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "does not exist"
             raise CheckpointError(f"The checkpoint {path} {problem}.", "Name the directory that holds config.json.")

@@ -86,7 +86,7 @@ def build(
             raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
         passed = _check_build(source, output, _wanted("tensorrt", options, precision, quantize), options, as_json)
         ctx.exit(0 if passed else 1)
-    backend = choose_backend("tensorrt" if target and backend == "auto" else backend)
+    backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
     wanted = _wanted(backend, options, precision, quantize)
     beside = Path(f"{directory_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
     output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)
@@ -105,10 +105,10 @@ def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, 
     from sfexport.errors import InputError
     from sfexport.machines.targets import find_target
 
-    if jetpack and not target:
+    if jetpack is not None and target is None:
         raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
     return TensorRTOptions(
-        target=find_target(target, jetpack) if target else None,
+        target=find_target(target, jetpack) if target is not None else None,
         frames=given["frames"],
         question_tokens=given["max_question_tokens"],
         new_tokens=given["max_new_tokens"],

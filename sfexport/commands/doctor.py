@@ -22,7 +22,7 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     from sfexport.machines.machine import look
     from sfexport.machines.targets import find_target
 
-    report = examine(look(), find_target(target) if target else None)
+    report = examine(look(), find_target(target) if target is not None else None)
     if as_json:
         console.document(report.to_json())
     else:

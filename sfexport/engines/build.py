@@ -22,6 +22,7 @@ from sfexport.manifest import (
     place,
     write_manifest,
 )
+from sfexport.values import as_path, one_of
 
 if TYPE_CHECKING:
     from sfexport.engines.build_tensorrt import TensorRTOptions
@@ -39,9 +40,7 @@ def choose_backend(name: str) -> str:
     """
     if name == "auto":
         return "tensorrt" if _has_tensorrt() else "onnxruntime"
-    if name not in BACKENDS:
-        raise InputError(f"Unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
-    return name
+    return one_of(name, "backend", BACKENDS)
 
 
 def _has_tensorrt() -> bool:
@@ -105,7 +104,7 @@ def build(
         CheckpointError: a weight is not finite, or leaves float16's range in a float16 graph.
         InputError: the output cannot be written or holds something else.
     """
-    backend = choose_backend(backend)
+    backend, out = choose_backend(backend), as_path(out, "The output")
     version = runtime_version(backend)
     with new_directory(out, ENGINE_FILE) as directory:
         if backend == "tensorrt":

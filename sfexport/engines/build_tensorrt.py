@@ -29,6 +29,7 @@ from sfexport.machines.machine import Gpu, Machine, look
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.manifest import GRAPHS, Bundle
 from sfexport.printable import sizes_text
+from sfexport.values import whole_number
 from sfexport.versions import maps_weights
 
 Report = Callable[[str], None]
@@ -52,9 +53,18 @@ class TensorRTOptions:
     kernels: Path | None = None
     optimization_level: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a number without meaning, whatever is built in the end."""
+        self._limits(1)
+        if self.optimization_level is not None:
+            whole_number(self.optimization_level, "--optimization-level", least=0, most=5)
+
     def limits(self, bundle: Bundle) -> Limits:
+        return self._limits(bundle.frames)
+
+    def _limits(self, frames: int) -> Limits:
         given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens}
-        frames = bundle.frames if self.frames is None else self.frames
+        frames = frames if self.frames is None else self.frames
         return Limits(frames, **{k: v for k, v in given.items() if v is not None})
 
     def kernel_source(self) -> KernelSource:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfexport.engines.interface import VISION_CHUNK
-from sfexport.errors import InputError, SfexportError
+from sfexport.errors import SfexportError
 from sfexport.facts import FastPathFacts
 from sfexport.graphs.fast_path import fast_token_count, source_frames
 from sfexport.manifest import Bundle
+from sfexport.values import whole_number
 
 DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256
 VIDEO, PICTURE = "video", "picture"  # of the compressor: a picture's tokens are not pooled
@@ -37,8 +38,7 @@ class Limits:
     def __post_init__(self) -> None:
         names = {"frames": self.frames, "max-question-tokens": self.question_tokens, "max-new-tokens": self.new_tokens}
         for name, value in names.items():
-            if value < 1:
-                raise InputError(f"--{name} must be at least 1, not {value}.")
+            whole_number(value, f"--{name}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from sfexport.added_tokens import TOKENIZER_FILE
 from sfexport.atomic import new_directory
 from sfexport.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
+from sfexport.config_fields import MAX_FRAMES
 from sfexport.errors import InputError, SfexportError
 from sfexport.graphs.compressor import build_compressor
 from sfexport.graphs.decoder import build_decoder
@@ -44,6 +45,7 @@ from sfexport.manifest import (
 from sfexport.printable import size_text, sizes_text
 from sfexport.tokenizer_files import has_tokenizer
 from sfexport.tokenizer_making import write_tokenizer
+from sfexport.values import as_path, one_of, whole_number
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPE_NAMES = {
@@ -84,20 +86,17 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         self._check_quantization()
-        if self.split_lm_head < 1:
-            raise InputError(f"--split-lm-head must be at least 1, not {self.split_lm_head}.")
-        if self.weights not in WEIGHTS:
-            raise InputError(f"Unknown --weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}.")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"Unknown --precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}.")
-        if self.frames is not None and self.frames < 1:
-            raise InputError(f"--frames must be at least 1, not {self.frames}.")
+        whole_number(self.split_lm_head, "--split-lm-head")
+        one_of(self.weights, "--weights", WEIGHTS)
+        one_of(self.precision, "--precision", tuple(PRECISIONS))
+        if self.frames is not None:
+            whole_number(self.frames, "--frames", most=MAX_FRAMES)
 
     def _check_quantization(self) -> None:
-        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
-            raise InputError(f"Unknown --quantize {self.quantize!r}; choose one of {', '.join(QUANTIZATIONS)}.")
-        if self.lm_head is not None and self.lm_head not in HEADS:
-            raise InputError(f"Unknown --lm-head {self.lm_head!r}; choose one of {', '.join(HEADS)}.")
+        if self.quantize is not None:
+            one_of(self.quantize, "--quantize", QUANTIZATIONS)
+        if self.lm_head is not None:
+            one_of(self.lm_head, "--lm-head", HEADS)
         if self.lm_head is not None and self.quantize is None:
             raise InputError("--lm-head says how a quantised bundle keeps its head.", "Use it with --quantize int4.")
         if self.quantize is not None:
@@ -163,6 +162,7 @@ def export(
         CheckpointError: a missing or misshapen tensor, an unusable configuration, a weight that cannot be rounded.
         InputError: the output cannot be written or holds something else, or the disk is too small.
     """
+    out = as_path(out, "The output")
     checkpoint, taken = adopt(checkpoint)
     checkpoint.validate()
     _check_parts(checkpoint, options)

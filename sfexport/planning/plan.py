@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sfexport.checkpoint import Checkpoint
+from sfexport.config_fields import MAX_FRAMES
 from sfexport.cost import (
     Lengths,
     Storage,
@@ -33,12 +34,12 @@ from sfexport.machines.targets import Target, find_target, load_targets, match_m
 from sfexport.manifest import Bundle
 from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
 from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
+from sfexport.values import whole_number
 from sfexport.versions import maps_weights
 
 CPU, ALL = "cpu", "all"
 # Tokens of the prompt's template before the video, and of a question of some twelve words with what follows it.
 BEFORE_TOKENS, QUESTION_TOKENS = 14, 30
-MOST_FRAMES = 65_536  # as for answering
 SYSTEM_BYTES = 1_500_000_000  # what a board without a desktop keeps of the memory that CPU and GPU share
 
 
@@ -184,8 +185,8 @@ def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target]
 
 
 def _check_frames(frames: int | None) -> None:
-    if frames is not None and not 1 <= frames <= MOST_FRAMES:
-        raise InputError(f"--frames must be from 1 to {MOST_FRAMES:,}, not {frames}.", "Change --frames.")
+    if frames is not None:
+        whole_number(frames, "--frames", most=MAX_FRAMES, hint="Change --frames.")
 
 
 def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | None) -> Bundle:

@@ -16,22 +16,24 @@ from typing import Any
 import numpy as np
 
 from sfexport.added_tokens import TOKENIZER_FILE
+from sfexport.config_fields import MAX_FRAMES
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import VISION_CHUNK, Backend, KeyValues
 from sfexport.errors import InputError
+from sfexport.fields import shown
 from sfexport.graphs.fast_path import fast_token_count
 from sfexport.manifest import Engines
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.prompt import ChatTokenizer
 from sfexport.qa.session import Answer, OnText, Stopwatch, VideoSession, check_question
+from sfexport.values import as_path, whole_number
 from sfexport.video.arrays import MemoryFrames
 from sfexport.video.decoding import Video
 from sfexport.video.preprocessing import preprocess
 from sfexport.video.sampling import sample_indices
 
 OnFrames = Callable[[int, int], None]
-MAX_FRAMES = 65_536  # far beyond any model; keeps a slip of the keyboard from filling the memory
 
 
 class Pipeline:
@@ -44,7 +46,7 @@ class Pipeline:
     @classmethod
     def load(cls, engines: str | Path) -> Pipeline:
         """Raises BundleError for a directory that is not usable here, before any engine is loaded."""
-        opened = Engines.open(Path(engines))
+        opened = Engines.open(as_path(engines, "An engine directory"))
         check_runtime(opened)
         marked = bool(opened.bundle.config.get("mm_use_im_start_end"))
         return cls(opened, ChatTokenizer.from_file(opened.bundle.path / TOKENIZER_FILE, marked))
@@ -97,8 +99,8 @@ class Pipeline:
             InputError: a question is empty or does not fit, or a number has no meaning.
         """
         watch = Stopwatch()
-        if isinstance(questions, str):
-            raise InputError("questions is a list of questions, and a str was given.", "Pass [question].")
+        if isinstance(questions, (str, bytes)) or not isinstance(questions, Sequence):
+            raise InputError(f"questions is a list of questions, not {shown(questions)}.", "Pass [question].")
         with open_video(video, fps) as opened:
             unique, rows = self._sample(opened, frames, sampling)
             for question in questions:
@@ -128,10 +130,7 @@ class Pipeline:
     def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
         """Distinct frame indices, and for each sampled frame its place among them."""
         count = self.bundle.frames if frames is None else frames
-        if count < 1:
-            raise InputError(f"The number of frames must be at least 1, not {count}.", "Change --frames.")
-        if count > MAX_FRAMES:
-            raise InputError(f"The number of frames must be at most {MAX_FRAMES:,}, not {count}.", "Change --frames.")
+        count = whole_number(count, "The number of frames", most=MAX_FRAMES, hint="Change --frames.")
         info = video.info
         if sampling == "eval" and math.isnan(info.fps):
             raise InputError("Sampling 'eval' needs the rate of the frames, which is not known.", "Pass fps=...")

@@ -120,6 +120,8 @@ def _killed(case: Case, verb: str, signal_name: str, replacing: bool, timed: boo
     if process.is_alive():
         process.kill()
         raise Unexpected(f"does not end after {signal_name}")
+    if signal_name == "SIGKILL" and not timed and process.exitcode != -signal.SIGKILL:
+        raise Unexpected(f"in the campaign itself: exit status {process.exitcode} at event {stop[1]} of {events}")
     moment = f"{stop[2]:.3f} of {seconds:.3f} s" if timed else f"event {stop[1]} of {events}"
     where = f"after {signal_name} at {moment}"
     _check_whole(case, verb, target, replacing, where)

@@ -8,7 +8,7 @@ from typing import Any
 
 import sfexport
 from fuzz.base import BUNDLE, CHECKPOINT, ENGINES, FRAMES, QUESTION, Reading, difference, whole
-from fuzz.kinds import Case, Refused, Wrong, call
+from fuzz.kinds import Case, Refused, Unexpected, Wrong, call
 from sfexport.manifest import Bundle
 
 # Fields of transformers' configuration -> of the bundle's.
@@ -32,8 +32,8 @@ def same_as_torch(case: Case, found: Reading) -> None:
 
     try:
         report = call(run_parity, sfexport.load(case.room / ENGINES), FRAMES, QUESTION, len(FRAMES), 8)
-    except Refused as problem:
-        raise Wrong(f"the engines answer, and PyTorch refuses: {problem}") from problem
+    except (Refused, Unexpected) as problem:
+        raise Wrong(f"the engines answer, and PyTorch does not: {problem}") from problem
     if not report.passed:
         raise Wrong(f"parity: {json.dumps(report.to_json())[:600]}")
 

@@ -70,9 +70,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     base = Path(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for a verdict
+    orders = os.fdopen(os.dup(0))
+    # What a library prints must not be taken for a verdict, and no case may read the orders.
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     kinds = {kind.name: kind for kind in KINDS}
-    for line in sys.stdin:
+    for line in orders:
         order = json.loads(line)
         answers.write(json.dumps(run(kinds[order["kind"]], order["number"], order["seed"], base)) + "\n")
         answers.flush()

@@ -1,0 +1,59 @@
+"""Check single values that callers pass, at the command line or in Python. May import sfexport.errors and fields."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sfexport.errors import InputError
+from sfexport.fields import LARGEST, shown
+
+
+def whole_number(value: Any, name: str, least: int = 1, most: int = LARGEST, hint: str = "") -> int:
+    """Check that `value` is a whole number in least..most and return it; NumPy's integers are, True and 4.0 are not.
+
+    Raises:
+        InputError: naming the value and what it may be.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InputError(f"{name} must be a whole number, not {shown(value)}.", hint)
+    if number < least:
+        raise InputError(f"{name} must be at least {least}, not {shown(number)}.", hint)
+    if number > most:
+        raise InputError(f"{name} must be at most {most:,}, not {shown(number)}.", hint)
+    return number
+
+
+def one_of(value: Any, name: str, choices: Sequence[str]) -> str:
+    """Check that `value` is one of `choices` and return it. Raises InputError."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"Unknown {name} {shown(value)}; choose one of {', '.join(choices)}.")
+    return value
+
+
+def as_path(value: Any, what: str) -> Path:
+    """The path that a str or Path names; nothing has to be there.
+
+    Raises:
+        InputError: another type, a name that no file can have, or one that the system does not let us look at.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise InputError(f"{what} is a path, a str or a pathlib.Path, not {shown(value)}.")
+    if "\0" in os.fspath(value):
+        raise InputError(f"The path {shown(os.fspath(value))} has a NUL character in it.", "Correct it.")
+    try:
+        os.lstat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(
+            f"The path {shown(os.fspath(value))} cannot be used: {error.strerror}.", "Correct it."
+        ) from None
+    return Path(value)
