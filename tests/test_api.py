@@ -318,6 +318,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "nothing": (lambda: None, ("NoneType", "Pass a path")),
     "bytes": (lambda: b"\x00\x00\x00\x18ftypmp42", ("bytes", "Pass a path")),
     "dictionary": (lambda: {"frames": BATCH}, ("dict", "Pass a path")),
+    "masked array": (lambda: np.ma.masked_array(BATCH, BATCH > 9), ("masked array", "filled(0)")),
+    "class": (lambda: np.ndarray, ("type", "Pass a path")),
+    "frames of terabytes": (lambda: np.broadcast_to(np.uint8(0), (4, 1, 10**12, 3)), ("1000000000000", "Scale them")),
     "open file": (lambda: io.BufferedReader(io.BytesIO(b"clip")), ("BufferedReader", "Pass a path")),
 }
 

@@ -23,6 +23,8 @@ WHAT_WORKS = (
     "or a tensor with __dlpack__."
 )
 IN_MEMORY = Path("<frames in memory>")
+# Of one frame. More is a slip, for instance of the order of dimensions, and would fill the memory.
+MOST_PIXELS = 1 << 28
 # DLPack's device types whose memory the CPU reads: CPU, CUDA's and ROCm's pinned memory, CUDA's managed memory.
 READABLE_DEVICES = (1, 3, 11, 13)
 
@@ -106,6 +108,8 @@ def _taken(frame: Any, name: str) -> Any:
 
 
 def _is_tensor(value: Any) -> bool:
+    if isinstance(value, type):
+        return False
     return isinstance(value, np.ndarray) or (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"))
 
 
@@ -146,6 +150,13 @@ def _describe(tensor: Any) -> str:
 def _check(tensor: Any, name: str, dimensions: int) -> None:
     """Raises VideoError unless it is uint8 [height, width, 3], or with frames in front where it has 4 dimensions."""
     dtype, shape = _dtype(tensor), tuple(tensor.shape)
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise VideoError(f"{name} is a masked array, whose mask would not be seen.", "Pass array.filled(0).")
+    if len(shape) >= 3 and math.prod(shape[-3:-1]) > MOST_PIXELS:
+        raise VideoError(
+            f"{name} has frames of {shape[-3]} x {shape[-2]} pixels, more than {MOST_PIXELS:,}.",
+            "Scale them down first.",
+        )
     if dtype == "uint8" and len(shape) == dimensions and shape[-1] == 3 and math.prod(shape):
         return
     hints = []
