@@ -49,6 +49,8 @@ def reference(config: dict[str, Any], frame: np.ndarray) -> np.ndarray:
     transformers = pytest.importorskip("transformers")
     name = config["image_processor_type"]
     kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    if kind.__name__ == "SiglipImageProcessor" and "do_center_crop" in config:
+        pytest.skip("SigLIP's processor crops since transformers has one for Pillow")
     present = {key: value for key, value in config.items() if value is not None and key != "image_processor_type"}
     return np.asarray(kind(**present)([frame], return_tensors="np")["pixel_values"][0])
 
