@@ -15,7 +15,7 @@ OLDEST: dict[str, Version] = {
     "python": (3, 10),
     "onnxruntime": (1, 20),
     "tensorrt": (10, 3),  # the first whose parser takes all of our graphs; JetPack 6.1 has it
-    "triton": (3, 4),  # the first with triton.knobs
+    "triton": (3, 7),  # the first that compiles for every GPU of targets.toml: 3.4 to 3.6 fail for Blackwell
     "cuda-python": (12, 6),
 }
 OLDEST_JETPACK: Version = (6, 1)  # 6.0 has TensorRT 8.6

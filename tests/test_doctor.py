@@ -116,8 +116,20 @@ def test_a_laptop_builds_for_onnx_runtime_and_prepares_for_others() -> None:
         "ONNX Runtime engines can be built and run here.",
     ]
     wanted = report(LAPTOP, "jetson-orin-nx-16")
+    assert wanted.exit_code == 1, "asked for a board, this is none"
+    assert wanted.summary()[0] == (
+        "TensorRT engines for jetson-orin-nx-16 cannot be built here; there is no NVIDIA GPU."
+    )
     assert "--target jetson-orin-nx-16 --check" in mend(wanted, "GPU")
     assert verdicts(wanted)["triton"] == "warning" and mend(wanted, "triton") == "pip install triton"
+
+
+def test_libraries_that_are_too_old() -> None:
+    """The versions that pyproject asks for."""
+    found = report(LAPTOP.but(packages={"onnxruntime": "1.19.2", "triton": "3.3.1"}))
+    assert found.missing == ["GPU", "onnxruntime"] and found.exit_code == 1
+    assert mend(found, "onnxruntime") == "pip install --upgrade onnxruntime-gpu"
+    assert verdicts(found)["triton"] == "warning" and mend(found, "triton") == "pip install 'triton>=3.7'"
 
 
 def test_a_laptop_without_onnx_runtime() -> None:

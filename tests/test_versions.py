@@ -139,7 +139,7 @@ def test_a_triton_that_is_too_old_counts_as_none(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = [check for check in json.loads(done.stdout)["checks"] if check["subject"] == "plugin kernels"]
     assert line["verdict"] == "not checked"
-    assert "'triton' 3.4 or later; 3.3.1 is installed" in line["found"] and "pip install 'triton>=3.4'" in line["found"]
+    assert "'triton' 3.7 or later; 3.3.1 is installed" in line["found"] and "pip install 'triton>=3.7'" in line["found"]
 
 
 def test_a_triton_of_an_unknown_kind_is_a_gap_and_no_crash(tmp_path: Path) -> None:

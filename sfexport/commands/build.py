@@ -75,7 +75,7 @@ def build(
     With --check: what a TensorRT build for --target will meet, without the target; -o then names a directory to take
     there. Exits with 1 if there is a gap.
     """
-    from sfexport.engines.build import build, choose_backend, engine_name
+    from sfexport.engines.build import build, check_backend, choose_backend, engine_name
     from sfexport.errors import InputError
     from sfexport.graphs.source import bundle_from
     from sfexport.inspection import inspect
@@ -87,6 +87,7 @@ def build(
         passed = _check_build(source, output, _wanted("tensorrt", options, precision, quantize), options, as_json)
         ctx.exit(0 if passed else 1)
     backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
+    check_backend(backend, precision, options)
     wanted = _wanted(backend, options, precision, quantize)
     beside = Path(f"{directory_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
     output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)

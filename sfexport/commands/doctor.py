@@ -16,7 +16,8 @@ from sfexport.commands.common import json_option, with_examples
 def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     """Show whether engines can be built and run here, and the commands that mend what is missing.
 
-    Exits with 0 if TensorRT engines can be built, or if there is no NVIDIA GPU and ONNX Runtime works, with 1 if not.
+    Exits with 0 if TensorRT engines (with --target: for that machine) can be built here, with 1 if not. Without
+    --target and without an NVIDIA GPU, ONNX Runtime is enough for 0.
     """
     from sfexport.doctor.report import examine, show
     from sfexport.machines.machine import look

@@ -22,11 +22,13 @@ class Report:
 
     Attributes:
         target: its name; None: a machine that the table of targets does not have.
+        asked: engines for that target are wanted, not just what this machine can do.
         nvidia: there is NVIDIA hardware here, whether it works or not.
     """
 
     target: str | None
     nvidia: bool
+    asked: bool
     lines: tuple[Line, ...]
 
     @property
@@ -45,17 +47,22 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if TensorRT engines can be built, or there is no NVIDIA hardware and ONNX Runtime works; else 1."""
-        return 0 if self.can_build or (not self.nvidia and self.can_run_onnxruntime) else 1
+        """0 if TensorRT engines can be built here, else 1.
+
+        Without NVIDIA hardware and without a target that was asked for, ONNX Runtime is enough.
+        """
+        enough_here = not self.nvidia and not self.asked and self.can_run_onnxruntime
+        return 0 if self.can_build or enough_here else 1
 
     def summary(self) -> list[str]:
         """One sentence on TensorRT, one on ONNX Runtime."""
         works = "can" if self.can_run_onnxruntime else "cannot"
         second = f"ONNX Runtime engines {works} be built and run here."
+        engines = f"TensorRT engines for {self.target}" if self.asked else "TensorRT engines"
         if self.can_build:
-            return ["TensorRT engines can be built and run here.", second]
+            return [f"{engines} can be built and run here.", second]
         reason = f"missing: {', '.join(self.missing)}" if self.nvidia else "there is no NVIDIA GPU"
-        return [f"TensorRT engines cannot be built here; {reason}.", second]
+        return [f"{engines} cannot be built here; {reason}.", second]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,11 +81,12 @@ def examine(machine: Machine, target: Target | None = None) -> Report:
             JetPack counts, not the target's.
     """
     here = match_machine(machine)
+    asked = target is not None
     if target is None or (here and here.name == target.name):
         target = here
     lines = (check(machine, target) for check in checks_for(machine))
     name = target.name if target else None
-    return Report(name, machine.cuda.device, tuple(line for line in lines if line is not None))
+    return Report(name, machine.cuda.device, asked, tuple(line for line in lines if line is not None))
 
 
 def show(report: Report) -> None:

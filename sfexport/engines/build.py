@@ -54,6 +54,27 @@ def _has_tensorrt() -> bool:
     return True
 
 
+def check_backend(backend: str, precision: str = "auto", tensorrt: TensorRTOptions | None = None) -> None:
+    """Refuse a build that cannot end well on this machine before a checkpoint is exported for it.
+
+    Args:
+        backend: as choose_backend gives it. precision: 'auto', or what the export is asked for.
+
+    Raises:
+        MissingDependency, SfexportError: the backend's library, a driver or a GPU is not there.
+        InputError: the backend cannot run that precision; the target is not this machine.
+    """
+    runtime_version(backend)
+    if backend == "onnxruntime":
+        from sfexport.engines.onnxruntime_backend import check_precision
+
+        check_precision(precision)
+    if backend == "tensorrt":
+        from sfexport.engines.build_tensorrt import TensorRTOptions, check_machine
+
+        check_machine(tensorrt or TensorRTOptions())
+
+
 def runtime_version(backend: str) -> str:
     """The installed version of a backend's library; MissingDependency where it is not installed."""
     if backend == "torch":

@@ -85,11 +85,7 @@ def build_tensorrt(
         MissingDependency, SfexportError: TensorRT, driver, GPU or memory are not there; a graph does not build.
         InputError: the target is not this machine.
     """
-    trt = library()
-    check_driver()
-    machine = look()
-    gpu = _this_gpu(machine)
-    _check_target(options.target, gpu)
+    trt, machine, gpu = check_machine(options)
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
     if not force:
@@ -115,6 +111,24 @@ def build_tensorrt(
         "limits": asdict(limits),
         "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
     }
+
+
+def check_machine(options: TensorRTOptions) -> tuple[Any, Machine, Gpu]:
+    """All of a build that can be refused before there is a bundle; the tensorrt module, this machine and its GPU.
+
+    Raises:
+        MissingDependency, SfexportError: TensorRT, cuda-python, the driver or a GPU are not there.
+        InputError: the target is not this machine, its GPU has no kernels, the directory of kernels holds none.
+    """
+    trt = library()
+    check_driver()
+    machine = look()
+    gpu = _this_gpu(machine)
+    _check_target(options.target, gpu)
+    kernel_ptx_isa(gpu.sm)
+    if options.kernels is not None:
+        options.kernel_source()
+    return trt, machine, gpu
 
 
 def _this_gpu(machine: Machine) -> Gpu:
@@ -167,7 +181,13 @@ def memory_needs(
 def _prepare_plugin(
     trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report
 ) -> tuple[str | None, tuple[Kernel, ...]]:
-    """Register the plugin; the door it came through and its kernels, or None where the graph's own nodes must do."""
+    """Register the plugin; the door it came through and its kernels, or None where the graph's own nodes must do.
+
+    That is without Triton, and for a GPU or a head size that no kernel is made for.
+
+    Raises:
+        InputError: the directory of kernels that was named lacks them. SfexportError: a kernel does not compile.
+    """
     if not bundle.facts.slow_fast.hybrid_layers:
         return None, ()
     try:
@@ -176,7 +196,9 @@ def _prepare_plugin(
         kernels = source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
         door = choose_door(trt.__version__, package_version("numpy"))
         register_plugins(trt, door, source)
-    except MissingDependency as error:
+    except (MissingDependency, InputError) as error:
+        if isinstance(error, InputError) and options.kernels is not None:
+            raise
         report(
             f"warning: building without the cross-attention plugin. {error} Answers are the same, but slower and with "
             f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"

@@ -18,7 +18,7 @@ from sfexport.engines.build_tensorrt import TensorRTOptions, memory_needs, plugi
 from sfexport.engines.memory import MemoryPlan, plan_memory
 from sfexport.engines.parser_support import ParserSupport, check_graph, support_for
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
-from sfexport.errors import MissingDependency, SfexportError
+from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
 from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
 from sfexport.kernels.store import save_kernels
@@ -129,7 +129,9 @@ def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> 
     source = options.kernel_source()
     try:
         kernels = source(bundle.precision, bundle.facts.text.head_dim, target.sm, isa)
-    except MissingDependency as error:
+    except (MissingDependency, InputError) as error:
+        if isinstance(error, InputError) and options.kernels is not None:
+            return [Line("plugin kernels", checked, error.paragraph(), False)], ()
         return [Line("plugin kernels", checked, error.paragraph(), None)], ()
     except SfexportError as error:
         return [Line("plugin kernels", checked, error.paragraph(), False)], ()

@@ -219,7 +219,7 @@ def test_what_is_missing_or_wrong_is_said_before_the_build(bundle, tmp_path, mon
             run(played, bundle, tmp_path / "engines", target=find_target("h100"))
         small = replace(played.machine, memory_gb=0.5)
         monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: small)
-        with pytest.raises(SfexportError, match=r"takes about .* GB \(estimated\) and there are 500\.0 MB"):
+        with pytest.raises(SfexportError, match=r"takes about .* [MG]B \(estimated\) and there are 500\.0 MB"):
             run(played, bundle, tmp_path / "engines")
         assert run(played, bundle, tmp_path / "forced", force=True)[0]["gpu"]["name"] == ORIN.name
         bare = replace(played.machine, cuda=replace(played.machine.cuda, gpus=()))
@@ -243,6 +243,42 @@ def test_without_tensorrt_the_command_says_what_to_install(bundle, tmp_path):
     assert result.exit_code == 1
     assert "needs the library 'tensorrt'" in result.stderr and "python3-libnvinfer" in result.stderr
     assert not (tmp_path / "engines").exists()
+
+
+def test_what_cannot_be_built_here_is_refused_before_a_checkpoint_is_exported(tmp_path, monkeypatch):
+    asked = ("build", SHIPPED, "--backend", "tensorrt", "--quantize", "int4", "-o", tmp_path / "engines")
+
+    def refused(*more: object) -> str:
+        result = sfexport(*asked, *more)
+        assert result.exit_code and result.stderr.count("\n") == 1, "one paragraph and no step"
+        assert not list(tmp_path.glob("engines*"))
+        return result.stderr
+
+    if not importlib.util.find_spec("tensorrt"):
+        assert "needs the library 'tensorrt'" in refused()
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
+        assert "Engines for h100 (SM 9.0) cannot be built on this machine's Orin" in refused("--target", "h100")
+        assert "holds no compiled kernels" in refused("--kernels", tmp_path)
+        bare = replace(played.machine, cuda=replace(played.machine.cuda, gpus=()))
+        monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: bare)
+        assert "no NVIDIA GPU" in refused()
+    said = refused("--backend", "onnxruntime", "--precision", "bf16")
+    assert "ONNX Runtime cannot run bf16 graphs" in said
+
+
+def test_a_gpu_that_no_kernel_is_made_for_gets_the_nodes_own_body(bundle, tmp_path, monkeypatch):
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
+        card = replace(ORIN, name="NVIDIA A10", sm=86)
+        other = replace(played.machine, jetson_model=None, cuda=replace(played.machine.cuda, gpus=(card,)))
+        monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: other)
+        content, lines = run(played, bundle, tmp_path / "engines")
+        assert content["plugin"] is None and content["target"] == "sm86"
+        (warning,) = [line for line in lines if "without the cross-attention plugin" in line]
+        assert "not compiled for SM 8.6" in warning
+        old = replace(played.machine, cuda=replace(played.machine.cuda, gpus=(replace(ORIN, name="T4", sm=75),)))
+        monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: old)
+        with pytest.raises(InputError, match=r"no kernels for compute capability 7\.5"):
+            run(played, bundle, tmp_path / "more")
 
 
 def test_engines_can_be_inspected(bundle, tmp_path, monkeypatch):
