@@ -68,7 +68,10 @@ def unknown_fields(kind: type[Fields], values: Mapping[str, Any]) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value for a message: its repr in ASCII, shortened."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # Python writes no numbers of over 4300 digits
+        text = "a very long number"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -385,3 +388,39 @@ def test_the_module_is_the_same_command_line(arguments: tuple[str, ...]) -> None
     assert module.returncode == command.returncode
     assert module.stdout.replace("python -m sfexport", "sfexport") == command.stdout
     assert module.stderr.replace("python -m sfexport", "sfexport") == command.stderr
+
+
+def test_frame_counts_are_checked_before_anything_is_opened(model: Pipeline) -> None:
+    for frames in (0, -1, 1.5, True, "8", 10**30, 10**5000, math.nan, [8], np.float32(3)):
+        for call in (model.encode, lambda video, frames: model.read_frames(video, frames, "linspace")):
+            with pytest.raises(InputError, match="number of frames"):
+                call("/nowhere/clip.mp4", frames)
+    with pytest.raises(VideoError, match="no file"):
+        model.encode("/nowhere/clip.mp4", frames=np.int64(4))
+
+
+def test_more_frames_than_the_model_takes_are_refused_unread(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path / "checkpoint")
+    config = tmp_path / "checkpoint" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_model_max_length": 300}))
+    bundle = export(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "bundle", ExportOptions())
+    build(bundle, tmp_path / "engines", "onnxruntime")
+    tight, seen = sfexport.load(tmp_path / "engines"), []
+    with pytest.raises(InputError, match=r"does not fit: 65536 frames.*the model takes 300"):
+        tight.encode(folder / "long.mp4", frames=65_536, on_frames=lambda done, total: seen.append(done))
+    assert not seen
+    # A picture is one frame, whatever is asked for.
+    assert tight.encode(np.zeros((8, 8, 3), np.uint8), frames=65_536).frames == 1
+
+
+def test_a_folder_and_a_url_are_answered_about_as_the_file(model: Pipeline, folder: Path, tmp_path: Path) -> None:
+    with Video.open(folder / "demo.mp4") as video:
+        for index, frame in enumerate(video.frames(range(video.info.frame_count))):
+            Image.fromarray(frame).save(tmp_path / f"{index}.png")
+    pixels, rows = model.read_frames(folder / "demo.mp4", 8, "linspace")
+    for same in (tmp_path, (folder / "demo.mp4").as_uri()):
+        again, again_rows = model.read_frames(same, 8, "linspace")
+        assert np.array_equal(again, pixels) and np.array_equal(again_rows, rows)
+    with pytest.raises(InputError, match="rate"):
+        model.encode(tmp_path, sampling="eval")
+    assert model.encode(tmp_path, sampling="eval", fps=2, frames=4).frames == 4

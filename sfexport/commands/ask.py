@@ -19,7 +19,7 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 )
 @click.command()
 @click.argument("engines", type=DIRECTORY)
-@click.argument("video", type=DIRECTORY)
+@click.argument("video")
 @click.option("-q", "--question", "questions", multiple=True, required=True, help="A question; may be repeated.")
 @click.option(
     "--mode", type=MODES, help="Whether answer tokens see the slow tokens (trained) or not.  [default: the model's]"
@@ -49,7 +49,7 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 @json_option
 def ask(
     engines: Path,
-    video: Path,
+    video: str,
     questions: tuple[str, ...],
     mode: str | None,
     frames: int | None,
@@ -59,7 +59,10 @@ def ask(
     as_json: bool,
     **generation: Any,
 ) -> None:
-    """Answer questions about a VIDEO (or a picture) with ENGINES. The video is encoded once for all questions."""
+    """Answer questions about a VIDEO with ENGINES. The video is encoded once for all questions.
+
+    VIDEO is a file (a clip or a picture), a folder of pictures that are its frames, or - for a file on standard input.
+    """
     from sfexport.qa.pipeline import Pipeline
 
     pipeline = Pipeline.load(engines)
@@ -76,7 +79,7 @@ def ask(
         if not as_json:
             console.say(err=False)
     if as_json:
-        head = {"video": str(video), "engines": str(engines), "backend": pipeline.backend.name}
+        head = {"video": video, "engines": str(engines), "backend": pipeline.backend.name}
         head |= {"mode": mode or pipeline.bundle.facts.slow_fast.decode_mode, "frames": session.frames}
         head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
         console.document(head | {"questions": [asdict(answer) for answer in answers]})

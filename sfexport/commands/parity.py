@@ -13,7 +13,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @with_examples("sfexport parity ./engines", "sfexport parity ./engines clip.mp4 --frames 16 --json")
 @click.command()
 @click.argument("engines", type=DIRECTORY)
-@click.argument("video", type=DIRECTORY, required=False)
+@click.argument("video", required=False)
 @click.option(
     "-q", "--question", default="What happens in the video?", show_default=True, help="The question to answer."
 )
@@ -26,7 +26,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 def parity(
     ctx: click.Context,
     engines: Path,
-    video: Path | None,
+    video: str | None,
     question: str,
     frames: int | None,
     max_new_tokens: int,

@@ -15,7 +15,6 @@ import numpy as np
 
 from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
-from sfexport.errors import InputError
 from sfexport.facts import DECODE_MODES
 from sfexport.graphs.rounded import rounded_matrices
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
@@ -85,7 +84,7 @@ class ParityReport:
 
 def run_parity(
     pipeline: Pipeline,
-    video: Path | None,
+    video: str | Path | None,
     question: str = DEFAULT_QUESTION,
     frames: int | None = None,
     max_new_tokens: int = 16,
@@ -155,12 +154,11 @@ def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | N
     return Tolerance.for_precision(pipeline.bundle.precision, atol, rtol, rounded)
 
 
-def _pixels(pipeline: Pipeline, video: Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(pipeline: Pipeline, video: str | Path | None, frames: int | None) -> tuple[np.ndarray, np.ndarray]:
     if video is not None:
         return pipeline.read_frames(video, frames, "linspace")
     count, size = min(pipeline.bundle.frames, VISION_CHUNK) if frames is None else frames, pipeline.bundle.image.crop
-    if count < 1:
-        raise InputError(f"The number of frames must be at least 1, not {count}.")
+    pipeline.check_frames(pipeline.frame_count(count))
     noise = np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
     return noise, np.arange(count)
 

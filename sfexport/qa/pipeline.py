@@ -66,6 +66,7 @@ class Pipeline:
 
     def read_frames(self, video: Any, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
         """All sampled frames at once, for comparisons: pixels [n, 3, S, S] and, per sampled frame, its row."""
+        self.frame_count(frames)
         with open_video(video) as opened:
             unique, rows = self._sample(opened, frames, sampling)
             return preprocess(list(opened.frames(unique)), self.bundle.image), rows
@@ -83,15 +84,16 @@ class Pipeline:
         """Encode a video (or a picture: one frame).
 
         Args:
-            video: a file's path (str or Path), or frames in memory, all uint8 RGB: an array [T, H, W, 3] (for a
-                picture [H, W, 3]), a list of arrays [H, W, 3] or of PIL images (for a picture one PIL image), or a
-                tensor of these shapes with `__dlpack__`. Of a tensor on a GPU the sampled frames are copied, with
-                its own `.cpu()`.
+            video: a file's path (str or Path) or file:// URL, '-' for a file on standard input, or a folder of
+                pictures, which are its frames in the order of their names; or frames in memory, all uint8 RGB: an
+                array [T, H, W, 3] (for a picture [H, W, 3]), a list of arrays [H, W, 3] or of PIL images (for a
+                picture one PIL image), or a tensor of these shapes with `__dlpack__`. Of a tensor on a GPU the
+                sampled frames are copied, with its own `.cpu()`.
             frames: how many to sample, from memory as from a file; None: the bundle's default.
             sampling: 'linspace' (the reference's demo) or 'eval' (its evaluation).
             questions: checked to fit before anything is encoded.
             on_frames: called with frames done and in all, as encoding proceeds.
-            fps: frames per second of frames in memory, which 'eval' sampling needs to know.
+            fps: frames per second of frames in memory or in a folder, which 'eval' sampling needs to know.
             control_tokens: as the questions will be asked (see Session.ask).
 
         Raises:
@@ -101,6 +103,7 @@ class Pipeline:
         watch = Stopwatch()
         if isinstance(questions, (str, bytes)) or not isinstance(questions, Sequence):
             raise InputError(f"questions is a list of questions, not {shown(questions)}.", "Pass [question].")
+        self.frame_count(frames)  # a wrong number is found before the file is opened
         with open_video(video, fps) as opened:
             unique, rows = self._sample(opened, frames, sampling)
             for question in questions:
@@ -129,16 +132,46 @@ class Pipeline:
 
     def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
         """Distinct frame indices, and for each sampled frame its place among them."""
-        count = self.bundle.frames if frames is None else frames
-        count = whole_number(count, "The number of frames", most=MAX_FRAMES, hint="Change --frames.")
+        count = self.frame_count(frames)
         info = video.info
         if sampling == "eval" and math.isnan(info.fps):
             raise InputError("Sampling 'eval' needs the rate of the frames, which is not known.", "Pass fps=...")
         # A picture is asked about as one image, as the model was trained; a clip of one frame repeats it.
         count = 1 if info.is_picture else count
         indices = sample_indices(sampling, info.frame_count, info.fps, count)
+        self.check_frames(len(indices))
         unique, rows = np.unique(indices, return_inverse=True)
         return unique.tolist(), rows
+
+    def frame_count(self, frames: int | None) -> int:
+        """How many frames are asked for; None: the bundle's default.
+
+        Raises:
+            InputError: not a whole number from 1 to MAX_FRAMES.
+        """
+        count = self.bundle.frames if frames is None else frames
+        return whole_number(count, "The number of frames", most=MAX_FRAMES, hint="Change --frames.")
+
+    def check_frames(self, frames: int) -> None:
+        """Raises InputError for more frames than the model or the engines take with the shortest question."""
+        facts, limits = self.bundle.facts, self.engines.content.get("limits")
+        most = limits.get("frames") if isinstance(limits, dict) else None
+        if isinstance(most, int) and frames > most:
+            raise InputError(
+                f"The engines take at most {most} frames of a video, not {frames}.",
+                f"Use fewer (--frames), or build again with --frames {frames}.",
+            )
+        if facts.text.max_length is None:
+            return
+        cells = self.bundle.tokens_per_frame(single_image=frames == 1)
+        fast_tokens, ids = fast_token_count(frames, cells, facts.slow_fast.fast), self.tokenizer.prompt("?")
+        total = len(ids.before) + fast_tokens + len(ids.after)
+        if total > facts.text.max_length:
+            raise InputError(
+                f"The video does not fit: {frames} frames make {fast_tokens} tokens, {total} with the shortest "
+                f"question, and the model takes {facts.text.max_length}.",
+                "Use fewer frames (--frames).",
+            )
 
     def _pixel_chunks(self, video: Video, indices: list[int]) -> Iterator[np.ndarray]:
         """Prepared chunks; the next one is read while the caller works on the last."""

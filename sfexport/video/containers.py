@@ -58,27 +58,28 @@ def explained(path: Path) -> Iterator[None]:
         raise VideoError(f"'{path}' cannot be read as a video ({reason}).", KINDS_HINT) from error
 
 
-def open_container(path: Path, shape: str | None = None) -> av.container.InputContainer:
+def open_container(path: Path, shown: Path, shape: str | None = None) -> av.container.InputContainer:
     """Open a regular file and nothing else.
 
     Args:
+        shown: what messages name instead of `path`.
         shape: FFmpeg's name of the format, where it is known; None: by content and name.
 
     Raises:
         VideoError: a playlist, or another format that does not hold its frames itself.
     """
+    playlist = _playlist(path)
+    if playlist:
+        raise VideoError(
+            f"'{shown}' is {playlist}, which names other files and is no video itself.", "Name the video itself."
+        )
     # Absolute, so that no part of a name is taken for a protocol.
     options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES},{SOUNDS}"}
     try:
         return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", options=options)
     except av.error.ArgumentError as error:
         # What FFmpeg answers for a format that is not listed.
-        playlist = _playlist(path)
-        if playlist:
-            raise VideoError(
-                f"'{path}' is {playlist}, which names other files and is no video itself.", "Name one of them."
-            ) from error
-        raise VideoError(f"'{path}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
+        raise VideoError(f"'{shown}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
 
 
 def _playlist(path: Path) -> str | None:
@@ -87,7 +88,8 @@ def _playlist(path: Path) -> str | None:
     for start, name in PLAYLISTS.items():
         if head.startswith(start):
             return name
-    return next((name for root, name in PLAYLIST_ROOTS.items() if root in head), None)
+    is_xml = head.startswith(b"<")
+    return next((name for root, name in PLAYLIST_ROOTS.items() if is_xml and root in head), None)
 
 
 def video_streams(container: av.container.InputContainer, path: Path) -> list[av.VideoStream]:

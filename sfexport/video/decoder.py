@@ -156,7 +156,7 @@ class Decoder:
         return f" about {float(ticks * packet.time_base):.1f} seconds in" if ticks >= 0 else ""
 
     def _open(self) -> None:
-        self.container = open_container(self._file, self._shape)
+        self.container = open_container(self._file, self._path, self._shape)
         try:
             streams = video_streams(self.container, self._path)
             wanted = [s for s in streams if s.index == self._stream_index] or streams

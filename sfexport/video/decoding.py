@@ -61,7 +61,7 @@ class Video:
                 spooled.unlink(missing_ok=True)
                 raise
         path = local_path(video)
-        if path.is_dir():
+        if os.path.isdir(path):
             return cls(FrameFolder(path, fps))
         return cls(_open_file(path, path, fps))
 

@@ -122,7 +122,7 @@ def check_rate(fps: float | None) -> None:
     """Raises InputError for a rate that is neither None nor a positive number."""
     is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
     if fps is not None and not (is_number and 0 < fps < math.inf):
-        raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.")
+        raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.", "Pass fps=25.")
 
 
 def check_file(path: Path) -> None:
