@@ -129,7 +129,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"repetition_penalty": 0.5},
     *({"no_repeat_ngram_size": size} for size in (1, 2, 3, 4)),
     {"bad_words_ids": [[5], [3], [9, 1], [5, 9, 5], [31]]},
-    {"sequence_bias": [[[5], 2.5], [[9], -4.0], [[5, 9], 1.5], [[1, 2, 5, 8], 9.0], [[5], 1.0]]},
+    {"sequence_bias": [[[5], 2.5], [[9], -4.0], [[9, 1], 1.5], [[1, 2, 5, 8], 9.0], [[5], 1.0]]},
     {"sequence_bias": [[[5], float("-inf")]]},
     {"suppress_tokens": [0, 1, 2, 3, -1, 5000]},
     {"begin_suppress_tokens": [0, 5, 7]},
@@ -209,6 +209,12 @@ def test_greedy_answers_are_those_of_generate(reference) -> None:
         drawn = [sampler.next(logits[0].numpy()) for logits in out.logits]
         assert drawn == out.sequences[0].tolist(), config
         assert len(drawn) == sampler.limit or drawn[-1] in ENDS, config
+
+
+def test_an_answer_that_is_the_whole_start_of_a_sequence_counts() -> None:
+    """As in today's transformers; 5.0 waits for one more token."""
+    scores = ours({"bad_words_ids": [[5, 9]], "sequence_bias": [[[5, 8], 2.0]]}, (5,), np.zeros(SIZE, np.float32))
+    assert (scores[9], scores[8], scores[7]) == (-np.inf, 2.0, 0.0)
 
 
 @pytest.mark.parametrize("sample", [False, True])

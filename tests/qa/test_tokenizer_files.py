@@ -196,8 +196,15 @@ SAME: dict[str, Callable[[Path], Any]] = {
 }
 
 
+# What the releases of transformers do differently; today's are followed, and a note says so where something is ignored.
+CHANGED = {"a role of a token with flags", "added tokens that the configuration lacks", "spaces cleaned up"}
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_ids_are_those_of_transformers(name: str, files: Path) -> None:
+    version = pytest.importorskip("transformers").__version__
+    if name in CHANGED and tuple(map(int, version.split(".")[:2])) < (5, 20):
+        pytest.skip("this transformers reads it differently")
     SAME[name](files)
     check(files)
 
