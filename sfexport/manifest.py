@@ -171,6 +171,14 @@ class Bundle:
         hint = "Comparing with PyTorch needs the checkpoint; put it back or export again."
         return find_place(self.content["checkpoint"], self.path, "its checkpoint", hint)
 
+    @property
+    def original_checkpoint(self) -> Path | None:
+        """The checkpoint directory that was exported, where it was then; None if it is gone, or not recorded."""
+        stored = self.content.get("original", self.content["checkpoint"])
+        places = Path(stored["absolute"]), (self.path / stored["relative"]).resolve()
+        found = (path for path in places if (path / "config.json").is_file() and path != self.path.resolve())
+        return next(found, None)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
@@ -235,7 +243,8 @@ class Bundle:
         _expect(content["model"], ("text", "slow_fast", "tower"))
         _expect(content["tools"], ())
         _expect(content["options"], ("weights",))
-        _expect(content["checkpoint"], ("relative", "absolute"))
+        for name in ("checkpoint", *({"original"} & content.keys())):
+            _expect(content[name], ("relative", "absolute"))
         for graph in GRAPHS:
             _expect(content["graphs"][graph], ("inputs", "outputs"))
         if not isinstance(content["weights"]["parameters"], int):

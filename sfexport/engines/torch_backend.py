@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sfexport.checkpoint import Checkpoint
+from sfexport.config_fields import ConfigFields
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
-from sfexport.errors import MissingDependency
+from sfexport.errors import CheckpointError, MissingDependency
 
 if TYPE_CHECKING:
     from sfexport.graphs.rounded import RoundedMatrix
@@ -31,17 +33,42 @@ def runtime_version() -> str:
 
 
 def load_model(checkpoint: Path) -> Any:
-    """The model in float32, in evaluation mode."""
+    """The model in float32, in evaluation mode, of the weights that transformers loads from the directory.
+
+    Of config.json only the fields that say what is computed are used: none that names a dtype, an implementation of
+    attention or code.
+
+    Raises:
+        CheckpointError: tensors are missing or have another shape; transformers would fill in random numbers.
+    """
     try:
         import torch
         import transformers
 
-        from sfexport.model import LlavaQwenSlowFastForCausalLM
+        from sfexport.model import LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM
     except ImportError as error:
         raise MissingDependency(error.name or "torch", "The PyTorch model", INSTALL) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return LlavaQwenSlowFastForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    fields = Checkpoint.open(checkpoint).config
+    config = LlavaQwenSlowFastConfig(**{k: fields[k] for k in ConfigFields.__struct_fields__ if k in fields})
+    model, found = LlavaQwenSlowFastForCausalLM.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        generation_config=transformers.GenerationConfig(),
+        output_loading_info=True,
+    )
+    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacking:
+        raise CheckpointError(
+            f"PyTorch cannot load {checkpoint}: {len(lacking)} tensors are missing or have another shape, "
+            f"{', '.join(lacking[:3])} among them.",
+            "Put back the checkpoint that was exported, or export again.",
+        )
+    return model.eval()
 
 
 class TorchBackend(Backend):

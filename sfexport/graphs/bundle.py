@@ -318,6 +318,7 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
         },
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
         "checkpoint": place(out if source.in_bundle and source.whole else checkpoint.path, out),
+        "original": place(checkpoint.path, out),
         "weights": {
             "directory": place(weights, out),
             "shards": [describe_shard(shard) for shard in source.shards],

@@ -36,3 +36,15 @@ def take_cache(arguments: dict[str, Any]) -> Cache | None:
 def length(cache: Cache | None) -> int:
     """Positions that a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_length(cache: Cache | None, expected: int) -> None:
+    """Raise InputError for a cache that does not hold what all layers have given it.
+
+    transformers 5.0's caches of fixed size do not: they are told in a way of their own where to write.
+    """
+    if cache is not None and length(cache) != expected:
+        raise InputError(
+            f"The cache, a {type(cache).__name__}, holds {length(cache)} positions where it was given {expected}.",
+            "Use transformers.DynamicCache(), or no cache_implementation.",
+        )

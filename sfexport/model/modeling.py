@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sfexport.checkpoint import Checkpoint
@@ -139,6 +139,8 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [B, L, V] over the merged sequence, and the loss where labels [B, N] are given.
@@ -147,6 +149,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         that goes on from a cache (`cache` or `past_key_values`) takes token ids or embeddings, and an attention mask
         over everything since the first position.
         """
+        kwargs |= {"cache": cache, "past_key_values": past_key_values}
         cache = caches.take_cache(kwargs)
         slow = None if slow_key_values is None else SlowBranch(slow_key_values, slow_attends, slow_mask)
         goes_on = caches.length(cache) > 0

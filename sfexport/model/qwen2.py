@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
+from sfexport.errors import InputError
 from sfexport.facts import TextFacts
 
 Rotary = tuple[Tensor, Tensor]
@@ -69,6 +70,11 @@ class CausalMask:
         if self.given is not None:
             return {"attn_mask": self.given}
         used = self.past + self.queries
+        if keys < used:
+            raise InputError(
+                f"The cache gave back {keys} positions, but {self.past} were stored and {self.queries} are new.",
+                "Use a cache that keeps all of them, such as transformers.DynamicCache().",
+            )
         if self.keep is None and keys == used and self.queries in (1, keys):
             return {"is_causal": self.queries > 1}
         slots = torch.arange(keys, device=self.device)

@@ -129,7 +129,8 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
             kwargs: the cache, as `cache` or `past_key_values`.
 
         Raises:
-            InputError: a mask that does not cover what the cache holds and the new positions.
+            InputError: a mask that does not cover what the cache holds and the new positions, or a cache that did not
+                take the new ones.
         """
         cache = caches.take_cache(kwargs)
         _warn_of(kwargs)
@@ -156,6 +157,7 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
                 hidden = checkpoint(layer, hidden, rotary, mask, cache, slow, use_reentrant=False)
             else:
                 hidden = layer(hidden, rotary, mask, cache, slow)
+        caches.check_length(cache, past + count)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,

@@ -20,6 +20,14 @@ def show(report: ParityReport) -> None:
         verdict = verdict if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
         console.say(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}", err=False)
     console.say(f"  tolerance: {report.tolerance}", err=False)
+    if report.is_copy:
+        console.say(
+            f"  PyTorch read the bundle's own copy of the weights in {report.checkpoint}: the checkpoint that was "
+            "exported is gone, so that the choice of weights is not compared",
+            err=False,
+        )
+    elif report.checkpoint is not None:
+        console.say(f"  PyTorch read the checkpoint {report.checkpoint}", err=False)
     if cost := report.rounding:
         console.say(
             f"  PyTorch has the engines' rounded weights; with the checkpoint's own its prefill logits differ by "

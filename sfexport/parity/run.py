@@ -53,8 +53,9 @@ class ParityReport:
     Attributes:
         rounding: PyTorch's prefill logits with those against those with the checkpoint's own; says what rounding
             costs, not whether the engines are right.
-        oracle: what the engines were compared with, as shown to people.
         oracle: what the engines were compared with, for people.
+        checkpoint: directory that PyTorch's weights were read from.
+        is_copy: those are the bundle's own copy, since the checkpoint that was exported is gone.
     """
 
     backend: str
@@ -64,6 +65,8 @@ class ParityReport:
     answers: list[AnswerPair]
     rounding: Comparison | None = None
     oracle: str = "PyTorch"
+    checkpoint: str | None = None
+    is_copy: bool = False
 
     @property
     def passed(self) -> bool:
@@ -74,6 +77,8 @@ class ParityReport:
             "passed": self.passed,
             "backend": self.backend,
             "oracle": self.oracle,
+            "checkpoint": self.checkpoint,
+            "is_copy": self.is_copy,
             "frames": self.frames,
             "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
             "comparisons": [c.to_json() for c in self.comparisons],
@@ -93,6 +98,9 @@ def run_parity(
 ) -> ParityReport:
     """Compare the engines of `pipeline` with the PyTorch model of the checkpoint they came from.
 
+    PyTorch reads the checkpoint that was exported, also where the bundle has a copy of its weights, so that a wrong
+    choice of weights is found; only where it is gone, it reads the copy, and the report says so.
+
     Args:
         video: a clip; None: frames of noise.
         tolerance: None: the usual one for the engines' precision.
@@ -104,7 +112,9 @@ def run_parity(
     pixels, rows = _pixels(pipeline, video, frames)
     pipeline.check_question(question, len(rows))
     report("loading the PyTorch model")
-    oracle = TorchBackend(pipeline.bundle.checkpoint_path)
+    original = pipeline.bundle.original_checkpoint
+    source = original or pipeline.bundle.checkpoint_path
+    oracle = TorchBackend(source)
     engine = pipeline.backend
     single = len(rows) == 1
     report(f"vision encoder on {len(pixels)} frames")
@@ -126,7 +136,16 @@ def run_parity(
     answers = [
         _answers(pipeline, *sessions, recorded, question, mode, max_new_tokens, tolerance) for mode in DECODE_MODES
     ]
-    return ParityReport(engine.name, tolerance, len(rows), comparisons, answers, rounding)
+    return ParityReport(
+        engine.name,
+        tolerance,
+        len(rows),
+        comparisons,
+        answers,
+        rounding,
+        checkpoint=str(source),
+        is_copy=original is None,
+    )
 
 
 def _round(
