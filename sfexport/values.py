@@ -57,3 +57,18 @@ def as_path(value: Any, what: str) -> Path:
             f"The path {shown(os.fspath(value))} cannot be used: {error.strerror}.", "Correct it."
         ) from None
     return Path(value)
+
+
+def as_output(value: Any) -> Path:
+    """A path to write to, as `as_path`; ONNX's libraries take names in UTF-8 only.
+
+    Raises:
+        InputError: as `as_path`, or a name that is not UTF-8.
+    """
+    path = as_path(value, "The output")
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        hint = "Choose another with -o, or work in another directory."
+        raise InputError(f"The output {shown(str(path.absolute()))} is not a name in UTF-8.", hint) from None
+    return path

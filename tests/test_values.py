@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Tree
+from helpers import refusal
 
 import sfexport
 from sfexport.checkpoint import Checkpoint
@@ -40,6 +41,14 @@ def test_what_is_no_path_is_refused(value: Any) -> None:
     for door in (sfexport.load, Checkpoint.open, lambda path: as_path(path, "The output")):
         with pytest.raises(InputError):
             door(value)
+
+
+@pytest.mark.parametrize("output", [".", "/", "", "x" * 5000, "a\udcffb", "/dev/null/x"])
+def test_outputs_that_cannot_be_are_refused(output: str, tree: Tree, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal(tmp_path, "export", tree.checkpoint, "-o", output)
+    refusal(tmp_path, "build", tree.bundle, "-o", output)
+    refusal(tmp_path, "build", tree.checkpoint, "-o", output)
 
 
 def test_path_that_is_not_there_is_a_path() -> None:

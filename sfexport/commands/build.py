@@ -89,7 +89,9 @@ def build(
     backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
     check_backend(backend, precision, options)
     wanted = _wanted(backend, options, precision, quantize)
-    beside = Path(f"{directory_name(source)}-bundle") if output is None else output.with_name(f"{output.name}-bundle")
+    # A place without a name of its own ('.', '/') is refused once it is looked at.
+    named = directory_name(source) if output is None else output.name or directory_name(output)
+    beside = (Path() if output is None else output.parent) / f"{named}-bundle"
     output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)
     bundle = bundle_from(source, beside, output, wanted, report=console.step)
     with console.build_progress() as on_progress:

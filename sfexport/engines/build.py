@@ -22,7 +22,7 @@ from sfexport.manifest import (
     place,
     write_manifest,
 )
-from sfexport.values import as_path, one_of
+from sfexport.values import as_output, one_of
 
 if TYPE_CHECKING:
     from sfexport.engines.build_tensorrt import TensorRTOptions
@@ -125,7 +125,7 @@ def build(
         CheckpointError: a weight is not finite, or leaves float16's range in a float16 graph.
         InputError: the output cannot be written or holds something else.
     """
-    backend, out = choose_backend(backend), as_path(out, "The output")
+    backend, out = choose_backend(backend), as_output(out)
     version = runtime_version(backend)
     with new_directory(out, ENGINE_FILE) as directory:
         if backend == "tensorrt":

@@ -45,7 +45,7 @@ from sfexport.manifest import (
 from sfexport.printable import size_text, sizes_text
 from sfexport.tokenizer_files import has_tokenizer
 from sfexport.tokenizer_making import write_tokenizer
-from sfexport.values import as_path, one_of, whole_number
+from sfexport.values import as_output, one_of, whole_number
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPE_NAMES = {
@@ -162,7 +162,7 @@ def export(
         CheckpointError: a missing or misshapen tensor, an unusable configuration, a weight that cannot be rounded.
         InputError: the output cannot be written or holds something else, or the disk is too small.
     """
-    out = as_path(out, "The output")
+    out = as_output(out)
     checkpoint, taken = adopt(checkpoint)
     checkpoint.validate()
     _check_parts(checkpoint, options)

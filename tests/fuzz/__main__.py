@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections import Counter
@@ -65,12 +66,16 @@ def main() -> int:
         print("\n".join(f"{kind.group:12} {kind.name}" for kind in kinds))
         return 0
 
+    wanted = orders(kinds, options.cases, random.Random(options.seed))
+    done = itertools.count(1)
+
     def on_result(result: Result) -> None:
         if result.verdict in BAD:
-            print(result, file=sys.stderr)
+            print(result, file=sys.stderr, flush=True)
+        if (number := next(done)) % 100 == 0:
+            print(f"{number} of {len(wanted)} cases", file=sys.stderr, flush=True)
 
     seconds = options.minutes and 60 * options.minutes
-    wanted = orders(kinds, options.cases, random.Random(options.seed))
     report = run(wanted, options.seed, options.workers, seconds, on_result)
     show(report)
     return 1 if report.bad else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -68,8 +69,12 @@ def _generation_kinds() -> Iterator[Kind]:
             act = partial(through_checkpoint, damage=damage, right=_like_the_undamaged_up_to_sampling)
             yield Kind(f"generation_config.json {field}: {name}", "texts", act, expect)
     for name, (fields, right) in GREEDY.items():
-        act = partial(through_checkpoint, damage=partial(_set_generation, fields=fields), right=right)
-        yield Kind(f"generation_config.json, {name}", "texts", act)
+        yield Kind(f"generation_config.json, {name}", "texts", partial(_greedy, fields=fields, right=right))
+
+
+def _greedy(case: Case, fields: dict[str, Any], right: Callable[[Case, Reading], None]) -> None:
+    text = json.dumps(fields).replace(json.dumps(FIRST), str(whole(case.base).ids[0]))
+    through_checkpoint(case, partial(_set_generation, fields=json.loads(text)), right)
 
 
 def _set_generation(path: Path, fields: dict[str, Any]) -> None:
@@ -94,6 +99,11 @@ def _first_token_is_not_greedy(case: Case, found: Reading) -> None:
         raise Wrong("the token that is ruled out came first")
 
 
+def _second_is_5(case: Case, found: Reading) -> None:
+    if found.ids[1] != 5:
+        raise Wrong(f"the second token is {found.ids[1]}")
+
+
 def _at_least(case: Case, found: Reading) -> None:
     if len(found.ids) < 20:
         raise Wrong(f"{len(found.ids)} tokens, where at least 20 were asked for")
@@ -109,21 +119,21 @@ def _stops(case: Case, found: Reading) -> None:
         raise Wrong("did not end at the first token")
 
 
-# What a greedy answer has to be where the field is applied. 291 is the undamaged answer's first token.
-FIRST_TOKEN = 291
+# What a greedy answer has to be where the field is applied; FIRST stands for the undamaged answer's first token.
+FIRST = "first"
 GREEDY: dict[str, tuple[dict[str, Any], Callable[[Case, Reading], None]]] = {
     "two tokens at most": ({"max_new_tokens": 2}, _short),
-    "the first token suppressed": ({"suppress_tokens": [FIRST_TOKEN]}, _first_token_is_not_greedy),
+    "the first token suppressed": ({"suppress_tokens": [FIRST]}, _first_token_is_not_greedy),
     "the first token suppressed at the beginning": (
-        {"begin_suppress_tokens": [FIRST_TOKEN]},
+        {"begin_suppress_tokens": [FIRST]},
         _first_token_is_not_greedy,
     ),
-    "the first token a bad word": ({"bad_words_ids": [[FIRST_TOKEN]]}, _first_token_is_not_greedy),
+    "the first token a bad word": ({"bad_words_ids": [[FIRST]]}, _first_token_is_not_greedy),
     "no token twice": ({"no_repeat_ngram_size": 1}, _no_repeats),
     "twenty tokens at least": ({"min_new_tokens": 20}, _at_least),
-    "the first token ends": ({"eos_token_id": [FIRST_TOKEN]}, _stops),
-    "the first token ends, as a number": ({"eos_token_id": FIRST_TOKEN}, _stops),
-    "another first token forced": ({"forced_bos_token_id": 5}, _first_token_is_not_greedy),
+    "the first token ends": ({"eos_token_id": [FIRST]}, _stops),
+    "the first token ends, as a number": ({"eos_token_id": FIRST}, _stops),
+    "a second token forced, as transformers has it behind embeddings": ({"forced_bos_token_id": 5}, _second_is_5),
 }
 
 

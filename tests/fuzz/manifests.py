@@ -144,11 +144,12 @@ def _file_kinds() -> Iterator[Kind]:
             change = partial(_write, name=manifest, raw=raw)
             yield _kind(f"{manifest}: {name}", change, is_bundle, REFUSED)
         for name in (*names, manifest):
-            yield _kind(f"{name} of {what} removed", partial(_remove, name=name), is_bundle, REFUSED)
+            # A bundle with its weights and without its manifest is a checkpoint.
+            gone = EITHER if name == BUNDLE_FILE else REFUSED
+            yield _kind(f"{name} of {what} removed", partial(_remove, name=name), is_bundle, gone)
             for placed, put in PLACED.items():
-                yield _kind(
-                    f"{placed} in the place of {name} of {what}", partial(_put, name=name, put=put), is_bundle, REFUSED
-                )
+                put_there = partial(_put, name=name, put=put)
+                yield _kind(f"{placed} in the place of {name} of {what}", put_there, is_bundle, gone)
             act = partial(_flip, is_bundle=is_bundle, name=name)
             expect = EITHER if name == manifest else REFUSED
             yield Kind(f"{name} of {what} with a flipped byte", "manifests", act, expect, drawn=True)

@@ -89,7 +89,6 @@ NAMES: dict[str, str] = {
     "like a partial": ".out.abc.partial",
     "like an old one": ".out.abc.old",
     "empty": "",
-    "with a NUL": "a\0b",
     "the current directory": ".",
     "the directory above": "..",
     "root": "/",
@@ -97,7 +96,7 @@ NAMES: dict[str, str] = {
     "below /dev/null": "/dev/null/x",
     "a home that is not expanded": "~nobody/x",
 }
-UNWRITABLE = ("of 5,000 bytes", "empty", "with a NUL", "the current directory", "the directory above", "root")
+UNWRITABLE = ("of 5,000 bytes", "empty", "the current directory", "the directory above", "root")
 UNWRITABLE = (*UNWRITABLE, "in /proc", "below /dev/null")
 
 
