@@ -23,22 +23,22 @@ fuzz: .venv/$(READY)
 
 # The lowest versions that pyproject.toml allows: first without PyTorch, then with it, whose packages want newer ones.
 test-oldest: test-oldest-base .venv-oldest/$(READY)
-	.venv-oldest/bin/python -m pytest -q
+	.venv-oldest/bin/python -m pytest
 
 test-oldest-base: .venv-oldest-base/$(READY)
-	.venv-oldest-base/bin/python -m pytest -q
+	.venv-oldest-base/bin/python -m pytest
 
 # The newest versions that pyproject.toml allows and the registry has today: never locked, installed anew each time.
 # TORCH=torch takes the newest PyTorch too.
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet $(TORCH) --editable '.[torch,dev]'
-	.venv-newest/bin/python -m pytest -q
+	.venv-newest/bin/python -m pytest
 
 test-newest-base:
 	$(PYTHON) -m venv --clear .venv-newest-base
 	.venv-newest-base/bin/python -m pip install --quiet --editable '.[test]'
-	.venv-newest-base/bin/python -m pytest -q
+	.venv-newest-base/bin/python -m pytest
 
 # PyTorch is in no lock: which of its builds is right depends on the machine. What it needs is.
 define install

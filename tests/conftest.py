@@ -5,6 +5,7 @@ Nobody may change these: `tree_copy` gives a test its own.
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,18 @@ from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
 
 Tree = DemoPaths
+SHOWN = ("numpy", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "tokenizers", "av", "pillow", "msgspec", "click")
+SHOWN += ("rich", "torch", "transformers", "optimum", "safetensors", "triton")
+
+
+def pytest_report_header() -> list[str]:
+    """The versions that are tested, and what is left out without PyTorch."""
+    versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    found = {name: versions.get(name, versions.get(name.replace("-", "_"))) for name in SHOWN}
+    lines = ["versions: " + ", ".join(f"{name} {version}" for name, version in found.items() if version)]
+    if found["torch"] is None:
+        lines.append("PyTorch is not installed: tests that compare with it or with transformers are skipped")
+    return lines
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,22 @@ def environment(python: str, machine: str) -> dict[str, str]:
     return default_environment() | linux | {"python_version": python, "python_full_version": f"{python}.0"}
 
 
+@cache
+def pins(lock: str) -> list[Requirement]:
+    """Every line of a lock, markers included."""
+    lines = (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line.rstrip("\\ ")) for line in lines if re.match(r"[a-z0-9]", line)]
+
+
 def locked(lock: str, python: str, machine: str) -> dict[str, Version]:
     """The versions that a lock installs there."""
-    found: dict[str, Version] = {}
-    for line in (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8").splitlines():
-        if re.match(r"[a-z0-9]", line):
-            requirement = Requirement(line.rstrip("\\ "))
-            if requirement.marker is None or requirement.marker.evaluate(environment(python, machine)):
-                assert requirement.name not in found, f"{requirement.name} twice"
-                (pin,) = requirement.specifier
-                assert pin.operator == "=="
-                found[requirement.name] = Version(pin.version)
+    here, found = environment(python, machine), {}
+    for requirement in pins(lock):
+        if requirement.marker is None or requirement.marker.evaluate(here):
+            assert requirement.name not in found, f"{requirement.name} twice"
+            (pin,) = requirement.specifier
+            assert pin.operator == "=="
+            found[requirement.name] = Version(pin.version)
     return found
 
 
