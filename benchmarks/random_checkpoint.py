@@ -61,7 +61,7 @@ def write_random_checkpoint(path: Path, size: str = "0.5b", seed: int = 0) -> in
     changes, tower, pixels = SIZES[size]
     path.mkdir(parents=True)
     tokenizer = train_tokenizer()
-    config = demo_config(tokenizer) | changes
+    config = demo_config(tokenizer) | {"mm_vision_tower": f"convnext-{pixels}"} | changes
     files = {
         "tokenizer_config.json": tokenizer_config(tokenizer, config["tokenizer_model_max_length"]),
         "generation_config.json": generation_config(tokenizer),

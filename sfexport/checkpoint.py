@@ -156,6 +156,7 @@ class Checkpoint:
         if unknown := unknown_fields(ConfigFields, self.config):
             more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
             notes.append(f"config.json: not known and not used: {', '.join(map(shown, unknown[:_NAMED]))}{more}")
+        notes += [f"{name} is not used: no weights are rounded" for name in self._stale_settings()]
         notes += image_notes(self.config, self.tower, self.processor)
         unused = self.unused_tensors()
         known = [name for name in unused if _NEVER_USED.match(name)]
@@ -208,6 +209,11 @@ class Checkpoint:
         self._check_srelu()
         self._check_frame_size()
 
+    def _stale_settings(self) -> list[str]:
+        if any(name.endswith(".qweight") for name in self.tensors) or self.config.get("quantization_config"):
+            return []
+        return [name for name in ("quantize_config.json", "quant_config.json") if (self.path / name).is_file()]
+
     def _check_counts(self) -> None:
         """Before any loop over what config.json counts: there must be at least a tensor of each."""
         projector, layers = self.facts.projector, self.facts.text.num_layers
@@ -232,6 +238,8 @@ class Checkpoint:
                 part = f"the cross-attention ({field})"
             elif _PROJECTOR.match(name):
                 part = "the projector (mm_projector_type)"
+            elif name == "lm_head.qweight":
+                part = "the head (tie_word_embeddings)"
             else:
                 continue
             raise CheckpointError(

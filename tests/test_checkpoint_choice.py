@@ -136,6 +136,10 @@ def extra_tensors(checkpoint: Path) -> None:
     change_tensors(checkpoint / FIRST, lambda tensors: tensors.update(extra))
 
 
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_text(content) and None
+
+
 def fields_nobody_knows(checkpoint: Path) -> None:
     set_fields(checkpoint / "config.json", zeta_scale=3, alpha_gate="x")
 
@@ -159,6 +163,10 @@ SAME: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["model.layers.*.self_attn.q_norm.weight", "model.layers.*.self_attn.k_norm.weight", "lm_head.bias"]
         + ["model.layers.*.self_attn.o_proj.bias", "model.layers.*.mlp.down_proj.bias", "inv_freq"]
         + ["model.layers.*.mlp.down_proj.weight"],
+    ),
+    "settings of rounding that was not done": (
+        text("quantize_config.json", "{}"),
+        ["quantize_config.json is not used"],
     ),
     "fields nobody knows": (fields_nobody_knows, ["config.json", "'alpha_gate', 'zeta_scale'"]),
 }
@@ -276,10 +284,6 @@ def sparse(name: str) -> Callable[[Path], None]:
         os.truncate(path / name, 30 << 30)
 
     return change
-
-
-def text(name: str, content: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_text(content) and None
 
 
 def add(name: str, *shape: int) -> Callable[[Path], None]:

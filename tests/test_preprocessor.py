@@ -132,8 +132,10 @@ def test_every_field_of_transformers_processors_is_known() -> None:
         assert {key for key, value in fields.items() if value is not None} <= known
 
 
-def test_a_size_that_the_reference_does_not_read_is_in_a_note(tree: Tree) -> None:
-    notes = " ".join(document(sfexport("inspect", tree.checkpoint, "--json"))["notes"])
+def test_a_size_that_the_reference_does_not_read_is_in_a_note(tree: Tree, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tree.checkpoint, tmp_path / "checkpoint"))
+    set_fields(folder / "config.json", mm_vision_tower="convnext-576")
+    notes = " ".join(document(sfexport("inspect", folder, "--json"))["notes"])
     assert_says(notes, "128 x 128", "preprocessor_config.json", "576 x 576")
     assert image_notes(CONFIG, CONVNEXT_XXL, None) == []
     assert image_notes(CONFIG, CONVNEXT_XXL, preprocessor_config(576)) == []

@@ -42,6 +42,7 @@ def make_fields(projector: str, hybrid: bool) -> dict[str, Any]:
     """config.json at toy size; the fast path is the released 128-frame setting in small (sampling 2, pooling 4)."""
     fields = demo_config(make_tokenizer()) | {
         "_name_or_path": "sfexport-shapes",
+        "mm_vision_tower": f"convnext-{SIZE}",
         "hidden_size": 128,
         "intermediate_size": 384,
         "mm_hidden_size": TOWER.out_size,

@@ -140,7 +140,7 @@ def demo_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "mm_video_pooling_stride": 2,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
-        "mm_vision_tower": "convnext-576",
+        "mm_vision_tower": f"convnext-{IMAGE_SIZE}",
         "model_type": MODEL_TYPE,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
