@@ -355,6 +355,16 @@ def test_parity_of_no_frames_is_refused(video: bool, tree: Tree) -> None:
     assert_says(refusal(tree.root, "parity", *arguments), "at least 1, not 0")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--atol", "nan"), ("--atol", "inf"), ("--rtol", "-0.1"), ("--rtol", "nan"), ("--max-new-tokens", "-1")],
+)
+def test_parity_with_numbers_without_meaning_is_refused(option: str, value: str, tree: Tree) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert_says(refusal(tree.root, "parity", tree.engines, option, value), option, "must be")
+
+
 def test_generation_config_without_meaning_is_refused(tree: Tree, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(tree.checkpoint, tmp_path / "checkpoint"))
     set_fields(checkpoint / "generation_config.json", temperature="hot")

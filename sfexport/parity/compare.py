@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from sfexport.errors import InputError
+from sfexport.fields import shown
 
 # atol and rtol by what an engine computes in. On models recorded from the reference, logits of float16 and bfloat16 are
 # off by up to 0.7 % and 7 % of the largest one, in PyTorch as in these graphs; those of a wrong graph by most of it.
@@ -25,6 +29,13 @@ class Tolerance:
     atol: float = 1e-4
     rtol: float = 1e-4
     precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a tolerance that is negative or not finite."""
+        for name, value in (("--atol", self.atol), ("--rtol", self.rtol)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and 0 <= value < math.inf):
+                raise InputError(f"{name} must be a number from 0 on, not {shown(value)}.")
 
     @classmethod
     def for_precision(

@@ -20,6 +20,7 @@ from sfexport.graphs.rounded import rounded_matrices
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
+from sfexport.values import whole_number
 
 Report = Callable[[str], None]
 DEFAULT_QUESTION = "What happens in the video?"
@@ -109,6 +110,7 @@ def run_parity(
         MissingDependency: no torch. BundleError: the checkpoint is gone.
     """
     tolerance = tolerance or tolerance_for(pipeline)
+    whole_number(max_new_tokens, "--max-new-tokens")
     pixels, rows = _pixels(pipeline, video, frames)
     pipeline.check_question(question, len(rows))
     report("loading the PyTorch model")

@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "--frames": ((*COUNT, str(10**30)), ()),
         "--max-question-tokens": ((*COUNT, str(10**30)), ()),
         "--max-new-tokens": ((*COUNT, str(10**30)), ()),
-        "--kernels": (("nowhere", "/dev/null"), ()),
+        "--kernels": ((), ("nowhere", "/dev/null")),
     },
     "ask": {
         "--frames": ((*COUNT, *BIG[1:]), ("1", "2", "65536")),
