@@ -121,7 +121,9 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
     }
     parts = {f"{name.removesuffix('.weight')}.{part}" for name in taken for part in PARTS}
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts}
-    return replace(checkpoint, tensors=others | plain), taken
+    # Settings from the quantiser's own file are config.json's from here on.
+    config = checkpoint.config | {"quantization_config": {"quant_method": settings.method}}
+    return replace(checkpoint, config=config, tensors=others | plain), taken
 
 
 def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Quantization) -> Taken:

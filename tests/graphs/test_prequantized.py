@@ -307,6 +307,7 @@ def test_settings_may_stand_in_the_quantisers_own_file(name: str, make: Make, tm
     kind, file, settings = OWN_FILES[name]
     copy = moved(make, kind, tmp_path / "checkpoint", file, **settings)
     bundle = export(Checkpoint.open(copy), tmp_path / "bundle", ExportOptions())
+    assert not [note for note in document(sfexport("inspect", copy, "--json"))["notes"] if file in note]
     names = [matrix for matrix in bundle.quantization["matrices"] if BODY.fullmatch(matrix)]
     assert len(names) == 4 * 7
     for matrix in names:
