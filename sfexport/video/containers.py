@@ -41,6 +41,11 @@ PLAYLISTS = {b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files (ffcon
 PLAYLIST_ROOTS = {b"<MPD": "a DASH manifest", b"<SmoothStreamingMedia": "a Smooth Streaming manifest"}
 MAX_PIXELS = 178_956_970  # of a frame; where Pillow sees an attack, too
 NOT_CODED_VOP_SIZE = 10  # bytes; MPEG-4 marks a repeated frame by so small a packet, and decoders give nothing for it
+# Their decoders cover damage up with what lies in memory or came before; told to, they report it.
+TELLING_CODECS = (
+    *("mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "msmpeg4v3", "h263", "h263i"),
+    *("h263p", "flv", "flv1", "wmv1", "wmv2", "ffv1", "png", "apng"),
+)
 MPEG4_CODECS = ("mpeg4", "msmpeg4v3", "msmpeg4", "msmpeg4v2")
 
 
@@ -76,7 +81,7 @@ def open_container(path: Path, shown: Path, shape: str | None = None) -> av.cont
     # Absolute, so that no part of a name is taken for a protocol.
     options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES},{SOUNDS}"}
     try:
-        return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", options=options)
+        return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", container_options=options)
     except av.error.ArgumentError as error:
         # What FFmpeg answers for a format that is not listed.
         raise VideoError(f"'{shown}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
@@ -126,7 +131,8 @@ def prepare(stream: av.VideoStream, path: Path) -> av.VideoStream:
             "Scale it down first.",
         )
     if not codec.is_open:
-        codec.options = {**codec.options, "max_pixels": str(MAX_PIXELS)}
+        strict = {"err_detect": "crccheck+explode"} if codec.name in TELLING_CODECS else {}
+        codec.options = {**codec.options, **strict, "max_pixels": str(MAX_PIXELS)}
         codec.thread_type = "AUTO"
     return stream
 

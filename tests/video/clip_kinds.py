@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
-from made_clips import SIDE, numbered_picture, write_clip
+from made_clips import SIDE, numbered_picture, set_disposition, write_clip
 
 Maker = Callable[[Path], list[int]]
 X264_OPEN = {"x264-params": "open-gop=1:keyint=10:bframes=3:scenecut=0"}
@@ -213,7 +213,8 @@ def several(
             stream = container.add_stream(codec, rate=25)
             stream.width = stream.height = side
             stream.pix_fmt = {"mjpeg": "yuvj420p", "png": "rgb24"}.get(codec, "yuv420p")
-            stream.gop_size, stream.disposition = 10, av.stream.Disposition(disposition)
+            stream.gop_size = 10
+            set_disposition(stream, disposition)
             made.append(stream)
         container.start_encoding()
         for stream, (_, numbers, side, _) in zip(made, streams, strict=True):

@@ -82,6 +82,13 @@ def with_payload(packet: av.Packet, payload: bytes) -> av.Packet:
     return other
 
 
+def set_disposition(stream: av.VideoStream, disposition: int) -> None:
+    try:
+        stream.disposition = av.stream.Disposition(disposition)
+    except TypeError:
+        pytest.skip("this PyAV cannot set a disposition")
+
+
 def write_sound(path: Path, cover: bool = False) -> Path:
     """A moment of silence, with a cover picture if wanted."""
     with av.open(str(path), "w", format="mp4") as container:
@@ -89,7 +96,8 @@ def write_sound(path: Path, cover: bool = False) -> Path:
         if cover:
             art = container.add_stream("png", rate=1)
             art.width = art.height = SIDE
-            art.pix_fmt, art.disposition = "rgb24", av.stream.Disposition.attached_pic
+            art.pix_fmt = "rgb24"
+            set_disposition(art, int(av.stream.Disposition.attached_pic.value))
             picture = av.VideoFrame.from_ndarray(numbered_picture(1), format="rgb24")
             picture.pts = 0
             container.mux([*art.encode(picture), *art.encode(None)])

@@ -88,9 +88,14 @@ class TestOneFrameWithoutADurationIsAPicture:
         assert read_number(read(tmp_path / "a.jpg")) == 9
 
     def test_a_tiff_with_a_thumbnail(self, tmp_path: Path) -> None:
-        image, small = Image.fromarray(numbered_picture(9)), Image.fromarray(numbered_picture(9)).resize((16, 16))
-        small.encoderinfo = {"tiffinfo": {254: 1}}
-        image.save(tmp_path / "a.tif", save_all=True, append_images=[small])
+        image = Image.fromarray(numbered_picture(9))
+        image.save(tmp_path / "a.tif", save_all=True, append_images=[image.resize((16, 16))], tiffinfo={254: 0})
+        entry = struct.pack("<HHIH", 254, 4, 1, 0)  # what kind of page it is
+        data = (tmp_path / "a.tif").read_bytes()
+        at = data.rindex(entry)
+        assert data.index(entry) < at
+        # The second page becomes a reduced copy of another.
+        (tmp_path / "a.tif").write_bytes(data[: at + 8] + b"\1" + data[at + 9 :])
         assert read_number(read(tmp_path / "a.tif")) == 9
 
 
