@@ -142,3 +142,10 @@ def test_another_kind_of_rope_is_refused(tree: Tree, tmp_path: Path) -> None:
             load_model(copy)
         with pytest.raises(CheckpointError, match="rope_|rotary"):
             _ = Checkpoint.open(copy).facts
+
+
+def test_another_attention_is_not_taken_in_silence(tree: Tree, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tree.checkpoint, attn_implementation="someone/kernel")
+    assert "'someone/kernel' is not used" in caplog.text

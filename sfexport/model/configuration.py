@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import PretrainedConfig
 
 from sfexport.facts import MODEL_TYPE, ModelFacts
 from sfexport.towers import CONVNEXT_XXL, Tower, tower_from_sizes
+
+logger = logging.getLogger(__name__)
 
 # What transformers' own code reads of a configuration, and its value where a file leaves it out.
 _DEFAULTS = {
@@ -37,8 +40,10 @@ class LlavaQwenSlowFastConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.pop("_attn_implementation", None)
-        kwargs.pop("attn_implementation", None)
+        for name in ("attn_implementation", "_attn_implementation"):
+            value = kwargs.pop(name, None)
+            if value not in (None, "eager", "sdpa"):
+                logger.warning("%s %r is not used: the model's attention is its own.", name, str(value)[:100])
         # These are set after transformers' __init__, which drops some and rewrites others, each version in its own way.
         rope = {name: kwargs.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in kwargs}
         own = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
