@@ -286,6 +286,12 @@ def test_video_is_refused(name: str, tree: Tree, tmp_path: Path) -> None:
     assert_says(refusal(tmp_path, "ask", tree.engines, video, *QUESTION), video, part)
 
 
+@pytest.mark.parametrize("verb", ["ask", "parity"])
+def test_a_url_is_refused_as_such(verb: str, tree: Tree, tmp_path: Path) -> None:
+    more = QUESTION if verb == "ask" else ()
+    assert_says(refusal(tmp_path, verb, tree.engines, "https://host/a.mp4", *more), "'https://host/a.mp4'", "offline")
+
+
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
 def test_damage_inside_a_clip_is_survived_or_explained(place: float, tree: Tree, tmp_path: Path) -> None:
     raw = bytearray(tree.clip.read_bytes())

@@ -228,6 +228,15 @@ class TestColours:
         assert np.array_equal(read(tmp_path / "a.png"), numbered_picture(3))
 
 
+def test_pictures_in_tiles_are_refused(tmp_path: Path) -> None:
+    """HEIC of phones: FFmpeg gives one tile after the other as a stream of its own."""
+    item = b"infe" + struct.pack(">BBBBHH", 2, 0, 0, 0, 1, 0) + b"grid\0"
+    meta = b"meta" + bytes(4) + struct.pack(">I", len(item) + 4) + item
+    head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    (tmp_path / "phone.heic").write_bytes(head + struct.pack(">I", len(meta) + 4) + meta)
+    assert "tiles" in refusal(tmp_path / "phone.heic")
+
+
 class TestSizes:
     def test_a_bomb_is_refused_unopened(self, tmp_path: Path) -> None:
         def chunk(kind: bytes, data: bytes) -> bytes:
