@@ -56,6 +56,8 @@ def read_fields(
             raise error(f"{file}: '{name}' is {value!r}, which is not a finite number.", hint)
     try:
         return msgspec.convert(present, kind, strict=True)
+    except UnicodeEncodeError:
+        raise error(f"{file}: {_surrogate(present)} holds half a character (a lone surrogate).", hint) from None
     except (msgspec.ValidationError, OverflowError, RecursionError) as problem:
         raise error(f"{file}: {_explain(str(problem), present)}.", hint) from None
 
@@ -73,6 +75,11 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no numbers of over 4300 digits
         text = "a very long number"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _surrogate(values: Mapping[str, Any]) -> str:
+    """The first field with text that is not Unicode."""
+    return next((f"'{name}'" for name, value in values.items() if "\\ud" in ascii(value)), "a field")
 
 
 def _explain(problem: str, values: Mapping[str, Any]) -> str:

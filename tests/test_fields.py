@@ -46,6 +46,7 @@ def test_a_whole_number_is_a_number() -> None:
         ({"layers": 3, "theta": 10**400}, "theta"),
         ({"layers": 3, "theta": -1}, "theta"),
         ({"layers": 3, "side": ["left"]}, "side"),
+        ({"layers": "\ud800"}, "layers"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(values: dict, said: str) -> None:
