@@ -101,7 +101,7 @@ def run_shape(torch: Any, frames: int, positions: int, dtype: str, ceilings: tup
     def make() -> tuple[Any, ...]:
         query = torch.randn(1, HEADS, positions, HEAD_DIM, device="cuda", dtype=kind) * HEAD_DIM**-0.5
         key, value = (torch.randn(1, KV_HEADS, slow, HEAD_DIM, device="cuda", dtype=kind) for _ in range(2))
-        attends = torch.ones(1, positions, device="cuda", dtype=torch.bool)
+        attends = torch.ones(1, positions, device="cuda", dtype=torch.int32)
         return query, key, value, attends, torch.tensor([slow], device="cuda")
 
     inputs = [make() for _ in range(sets)]

@@ -124,17 +124,23 @@ class Buffer:
         call("cuMemFree", self.pointer)
 
 
+@cache
+def load_module(ptx: str, device: int) -> Any:
+    """A PTX text as a module of the device's primary context, compiled once: a plugin is cloned for every context."""
+    # The text must end with a zero byte.
+    return call("cuModuleLoadData", ptx.encode() + b"\0")
+
+
 class Function:
-    """A kernel of a PTX text, loaded in the current context.
+    """A kernel of a PTX text in the current context.
 
     Args:
         threads: per block. shared: dynamic shared memory in bytes.
     """
 
     def __init__(self, ptx: str, name: str, threads: int, shared: int) -> None:
-        # The text must end with a zero byte.
-        self._module = call("cuModuleLoadData", ptx.encode() + b"\0")
-        self._function = call("cuModuleGetFunction", self._module, name.encode())
+        module = load_module(ptx, int(call("cuCtxGetDevice")))
+        self._function = call("cuModuleGetFunction", module, name.encode())
         self._threads, self._shared = threads, shared
 
     def launch(

@@ -92,10 +92,10 @@ OPERATIONS = (
     Operation(
         SPLIT,
         ("query", "key", "value", "attends", "lengths"),
-        ("T", "T", "T", "BOOL", "INT64", "FLOAT", "FLOAT"),
+        ("T", "T", "T", "INT32", "INT64", "FLOAT", "FLOAT"),
         outputs=2,
     ),
-    Operation(COMBINE, ("query", "partial", "logsumexp", "attends"), ("T", "FLOAT", "FLOAT", "BOOL", "T"), outputs=1),
+    Operation(COMBINE, ("query", "partial", "logsumexp", "attends"), ("T", "FLOAT", "FLOAT", "INT32", "T"), outputs=1),
 )
 
 

@@ -3,6 +3,8 @@
     CrossAttentionSplit    query, key, value, attends, lengths -> partial, logsumexp
     CrossAttentionCombine  query, partial, logsumexp, attends  -> context
 
+`attends` is cast to int32 for them: TensorRT's header says that a plugin's tensors cannot be of type BOOL.
+
 A build with the plugins parses this file, a build without them the bundle's own. So no rule of any TensorRT version
 about which of a function and a plugin wins is relied upon. Imports onnx.
 """
@@ -40,11 +42,19 @@ def with_plugin_nodes(model: onnx.ModelProto, settings: PluginSettings) -> onnx.
     out = onnx.ModelProto()
     out.CopyFrom(model)
     del out.functions[:]
-    nodes = list(out.graph.node)
+    nodes, casts = list(out.graph.node), {}
     del out.graph.node[:]
     for node in nodes:
-        is_ours = (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
-        out.graph.node.extend(_plugin_nodes(node, settings) if is_ours else [node])
+        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+            out.graph.node.append(node)
+            continue
+        attends = node.input[3]
+        if attends not in casts:
+            casts[attends] = f"{attends}/int32"
+            name = f"{attends}/Cast"
+            cast = onnx.helper.make_node("Cast", [attends], [casts[attends]], name=name, to=onnx.TensorProto.INT32)
+            out.graph.node.append(cast)
+        out.graph.node.extend(_plugin_nodes(node, casts[attends], settings))
     return out
 
 
@@ -52,8 +62,9 @@ def count_cross_attention(model: onnx.ModelProto) -> int:
     return sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
 
 
-def _plugin_nodes(node: onnx.NodeProto, settings: PluginSettings) -> list[onnx.NodeProto]:
-    query, key, value, attends, lengths = node.input
+def _plugin_nodes(node: onnx.NodeProto, attends: str, settings: PluginSettings) -> list[onnx.NodeProto]:
+    """Args: `attends`: the int32 form of the node's."""
+    query, key, value, _, lengths = node.input
     partial, logsumexp = f"{node.name}/partial", f"{node.name}/logsumexp"
     attributes = PLUGIN_ATTRIBUTES | asdict(settings)
 

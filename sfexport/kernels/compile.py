@@ -28,7 +28,7 @@ _POINTERS = {
         "query": "{t}",
         "key": "{t}",
         "value": "{t}",
-        "attends": "i1",
+        "attends": "i32",
         "lengths": "i64",
         "partial": "fp32",
         "logsumexp": "fp32",
@@ -37,7 +37,7 @@ _POINTERS = {
         "query": "{t}",
         "partial": "fp32",
         "logsumexp": "fp32",
-        "attends": "i1",
+        "attends": "i32",
         "output": "{t}",
     },
 }

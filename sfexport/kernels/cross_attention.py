@@ -23,7 +23,7 @@ def cross_attention_split(
     query,  # [B * kv heads, rows, D], times 1/sqrt(d); rows = group * seq
     key,  # [B * kv heads, slow, D]
     value,  # [B * kv heads, slow, D]
-    attends,  # bool [B, seq]
+    attends,  # int32 [B, seq], 0 or 1
     lengths,  # int64 [B]
     seq,
     rows,
@@ -43,7 +43,7 @@ def cross_attention_split(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     wanted = tl.load(attends + batch * seq + row % seq, mask=inside, other=0)
-    if tl.max(wanted.to(tl.int32)) == 0:
+    if tl.max(wanted) == 0:
         return
 
     length = tl.minimum(tl.load(lengths + batch), slow).to(tl.int32)
@@ -87,7 +87,7 @@ def cross_attention_combine(
     query,  # not read: it gives the plugin's output its shape and type
     partial,  # float32 [B * kv heads, splits, rows, D]
     logsumexp,  # float32 [B * kv heads, splits, rows]
-    attends,  # bool [B, seq]
+    attends,  # int32 [B, seq], 0 or 1
     seq,
     splits,
     group,

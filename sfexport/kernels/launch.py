@@ -35,10 +35,11 @@ def cross_attention(
 
     Args:
         query: [B, heads, S, d], times 1/sqrt(d). key, value: [B, kv heads, T, d]. All contiguous.
-        attends: bool [B, S]. lengths: int64 [B].
+        attends: bool or int32 [B, S]. lengths: int64 [B].
         multiprocessors: how many programs to make: the GPU's count, or any number for a test.
         poison: fill outputs with NaN first, so that reading what no program wrote shows.
     """
+    attends = attends.to(torch.int32)
     split_shapes = split_outputs(Integers(), query.shape, key.shape, multiprocessors)
     split = plan_split(Integers(), query.shape, key.shape, tiles, multiprocessors)
     combine = plan_combine(Integers(), query.shape, split_shapes[0])
@@ -65,7 +66,7 @@ def launch_split(
     launch: Launch,
     tiles: Tiles,
 ) -> None:
-    """Fill `partial` and `logsumexp`, of split_outputs' shapes."""
+    """Fill `partial` and `logsumexp`, of split_outputs' shapes. `attends` is int32."""
     cross_attention_split[launch.grid](
         query,
         key,
@@ -91,7 +92,7 @@ def launch_combine(
     output: torch.Tensor,
     launch: Launch,
 ) -> None:
-    """Fill `output` [B, S, heads * d]."""
+    """Fill `output` [B, S, heads * d]. `attends` is int32."""
     cross_attention_combine[launch.grid](
         query,
         partial,

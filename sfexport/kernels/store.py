@@ -11,6 +11,7 @@ from sfexport.errors import BundleError, InputError
 from sfexport.kernels.compile import Kernel, ptx_version
 
 INDEX = "kernels.json"
+FORMAT = 2  # of the index and of the kernels' parameters: 2 takes attends as int32
 
 
 def save_kernels(directory: Path, kernels: Sequence[Kernel]) -> list[str]:
@@ -21,7 +22,7 @@ def save_kernels(directory: Path, kernels: Sequence[Kernel]) -> list[str]:
         name = f"{kernel.name}-{kernel.dtype}-{kernel.head_dim}-sm{kernel.sm}.ptx"
         (directory / name).write_text(kernel.ptx)
         entries[name] = asdict(replace(kernel, ptx=""))
-    (directory / INDEX).write_text(json.dumps(entries, indent=1) + "\n")
+    (directory / INDEX).write_text(json.dumps({"format": FORMAT, "kernels": entries}, indent=1) + "\n")
     return [INDEX, *entries]
 
 
@@ -36,10 +37,13 @@ class StoredKernels:
             )
         try:
             index = json.loads((directory / INDEX).read_text())
-            self._kernels = [replace(Kernel(**e), ptx=(directory / n).read_text()) for n, e in index.items()]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if index.get("format") != FORMAT:
+                raise ValueError("another version of sfexport wrote them")
+            kernels = index["kernels"].items()
+            self._kernels = [replace(Kernel(**e), ptx=(directory / n).read_text()) for n, e in kernels]
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise BundleError(
-                f"The kernels in {directory} are damaged: {error}.", "Write them again with sfexport build --check."
+                f"The kernels in {directory} cannot be used: {error}.", "Write them again with sfexport build --check."
             ) from None
         self._directory = directory
 

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from recorder import Recorder
 from trt_bindings.execution import HostExecution
 from trt_bindings.host_cuda import HostDriver
@@ -30,8 +30,10 @@ def plugin_bodies() -> list[onnx.FunctionProto]:
     """The plugins' mathematics for ONNX Runtime: the first computes the whole context, the second passes it on."""
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     inputs = ["query", "key", "value", "attends", "lengths"]
-    whole = helper.make_node("CrossAttention", inputs, ["partial"], domain=DOMAIN)
-    nodes = [whole, helper.make_node("Identity", ["partial"], ["logsumexp"])]
+    mask = helper.make_node("Cast", ["attends"], ["mask"], to=TensorProto.BOOL)
+    arguments = ["mask" if name == "attends" else name for name in inputs]
+    whole = helper.make_node("CrossAttention", arguments, ["partial"], domain=DOMAIN)
+    nodes = [mask, whole, helper.make_node("Identity", ["partial"], ["logsumexp"])]
     split = helper.make_function(DOMAIN, SPLIT, inputs, ["partial", "logsumexp"], nodes, opsets, ATTRIBUTES)
     inputs = ["query", "partial", "logsumexp", "attends"]
     nodes = [helper.make_node("Identity", ["partial"], ["context"])]
@@ -69,9 +71,9 @@ def played_gpu(
     monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: machine)
     monkeypatch.setattr("sfexport.engines.tensorrt_library.runtime_version", lambda: made.__version__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for function in (cuda.initialise, cuda.device_sm):
+    for function in (cuda.initialise, cuda.device_sm, cuda.load_module):
         function.cache_clear()
     with made.installed():
         yield PlayedGpu(made, driver, machine)
-    for function in (cuda.initialise, cuda.device_sm):
+    for function in (cuda.initialise, cuda.device_sm, cuda.load_module):
         function.cache_clear()

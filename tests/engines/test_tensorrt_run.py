@@ -5,6 +5,7 @@ It proves the handling of memory, shapes and profiles. That TensorRT computes th
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from sfexport.engines.build import build, open_backend
 from sfexport.engines.build_tensorrt import TensorRTOptions
 from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.kernels.compile import compile_kernels
+from sfexport.kernels.store import StoredKernels, save_kernels
 from sfexport.manifest import Bundle, Engines
 from sfexport.qa.pipeline import Pipeline
 
@@ -153,3 +156,24 @@ def test_without_a_driver_nothing_of_tensorrt_is_touched(made, tmp_path, monkeyp
         with pytest.raises(SfexportError, match="no NVIDIA driver"):
             build(bundle, tmp_path / "more", "tensorrt")
         assert len(played.recorder.calls) == before
+
+
+def test_a_ptx_text_is_compiled_once(tmp_path, monkeypatch):
+    """However many nodes, contexts and clones launch it."""
+    from sfexport.engines.cuda import Function
+
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
+        functions = [Function(ptx, "kernel", 128, 0) for ptx in ("// one", "// two", "// one")]
+        assert played.driver.modules == [b"// one\0", b"// two\0"]
+        assert functions[0]._function == functions[2]._function != functions[1]._function
+
+
+def test_kernels_with_other_parameters_are_refused(tmp_path):
+    """Their `attends` was a byte for each position; read as int32 it would be other positions."""
+    save_kernels(tmp_path, compile_kernels("fp16", 32, 87, 85))
+    assert StoredKernels(tmp_path)("fp16", 32, 87, 85)
+    index = json.loads((tmp_path / "kernels.json").read_text())
+    for old in (index["kernels"], index | {"format": 1}, {"format": 2}):
+        (tmp_path / "kernels.json").write_text(json.dumps(old))
+        with pytest.raises(BundleError, match="cannot be used"):
+            StoredKernels(tmp_path)

@@ -12,8 +12,9 @@ import pytest
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
+from sfexport.engines.plugin_operations import OPERATIONS
 from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.plugin_nodes import PLUGIN_OPS, PluginSettings, with_plugin_nodes
+from sfexport.graphs.plugin_nodes import PLUGIN_OPS, PluginSettings, count_cross_attention, with_plugin_nodes
 
 pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")
 pytest.importorskip("torch")
@@ -44,3 +45,15 @@ def test_the_sibling_has_no_function_and_only_our_two_operations(bundle):
     produced = {name for node in sibling.graph.node for name in node.output}
     given = {v.name for v in sibling.graph.input} | {t.name for t in sibling.graph.initializer}
     assert {name for node in sibling.graph.node for name in node.input if name} <= produced | given
+
+
+def test_the_plugins_take_no_boolean(bundle):
+    """TensorRT's header has neither kBOOL nor kUINT8 for a plugin's tensors; one cast serves all nodes."""
+    model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
+    sibling = with_plugin_nodes(model, PluginSettings(sm=87, ptx_isa=85, multiprocessors=16, head_dim=32))
+    makers = {name: node for node in sibling.graph.node for name in node.output}
+    attending = [node.input[3] for node in sibling.graph.node if node.domain == "sfexport"]
+    assert len(attending) == 2 * count_cross_attention(model) and len(set(attending)) == 1
+    cast = makers[attending[0]]
+    assert cast.op_type == "Cast" and cast.attribute[0].i == onnx.TensorProto.INT32
+    assert all("BOOL" not in operation.types and "UINT8" not in operation.types for operation in OPERATIONS)

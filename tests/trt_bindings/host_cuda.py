@@ -16,7 +16,12 @@ OK, INVALID = 0, 1
 
 
 class HostDriver:
-    """Every function returns (status, results...), as cuda-python's do. `live` and `peak` are bytes allocated."""
+    """Every function returns (status, results...), as cuda-python's do.
+
+    Attributes:
+        live, peak: bytes allocated.
+        modules: PTX texts that were loaded.
+    """
 
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
@@ -28,6 +33,7 @@ class HostDriver:
         self._attributes = {"major": sm // 10, "minor": sm % 10, "multiprocessors": multiprocessors}
         self._memory: dict[int, Any] = {}
         self._streams = 0
+        self.modules: list[bytes] = []
         self.live = self.peak = 0
 
     def holds(self, address: int, size: int) -> bool:
@@ -55,6 +61,16 @@ class HostDriver:
 
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:
         return (OK,)
+
+    def cuCtxGetDevice(self) -> tuple[int, int]:
+        return OK, 0
+
+    def cuModuleLoadData(self, text: bytes) -> tuple[int, int]:
+        self.modules.append(text)
+        return OK, len(self.modules)
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, tuple[int, bytes]]:
+        return OK, (module, name)
 
     def cuStreamCreate(self, flags: int) -> tuple[int, int]:
         self._streams += 1
