@@ -6,14 +6,19 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
 import pytest
+from helpers import sfexport
 
 from sfexport.cli import main
+from sfexport.demo.shipped import SHIPPED
 from sfexport.doctor import checks
+from sfexport.kernels.plan import SMS
 from sfexport.machines.targets import Target, load_targets
+from sfexport.versions import OLDEST, has_aot_plugins, version_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("jetson.md", "datacenter.md")}
@@ -32,6 +37,41 @@ def test_commands_have_only_verbs_and_options_that_exist(line: str) -> None:
     _, verb, *arguments = shlex.split(line, comments=True)
     command = main.commands[verb]
     command.make_context(verb, arguments, parent=click.Context(main))  # parses, runs nothing
+
+
+RUNNABLE = [line for line in commands() if re.match(r"sfexport (export|inspect checkpoint|plan|build .*--check)", line)]
+
+
+def test_commands_that_need_no_board_work_and_write_what_the_pages_say(tmp_path: Path, monkeypatch) -> None:
+    """With the demo's checkpoint in the place of the reader's."""
+    pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
+    shutil.copytree(SHIPPED, tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    assert len([line for line in RUNNABLE if "--check" in line]) == 2
+    for line in RUNNABLE:
+        result = sfexport(*shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, (line, result.output)
+    for page in PAGES.values():
+        (kit,) = set(re.findall(r"--check -o (\S+)", page))
+        written = {file.name for file in (tmp_path / kit).iterdir()}
+        assert {"build.sh", "README.md", "kernels.json"} <= written and not list((tmp_path / kit).glob("*.onnx"))
+        assert f"`{kit}/build.sh checkpoint`" in page
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_versions_are_the_tables(name: str) -> None:
+    if name == "jetson.md":
+        systems = {t.jetpack: t for choices in load_targets().values() for t in choices if t.jetpack}
+        heads = [cell.split()[-1] for cell in row(name, "| JetPack")[1:]]
+        assert set(heads) == set(systems)
+        assert row(name, "Python")[1:] == [systems[head].python for head in heads]
+        assert row(name, "TensorRT, CUDA")[1:] == [f"{systems[h].tensorrt}, {systems[h].cuda}" for h in heads]
+        kinds = ["in the engine" if has_aot_plugins(systems[h].tensorrt) else "Python plugin" for h in heads]
+        assert row(name, "cross-attention kernel")[1:] == kinds
+    else:
+        known = re.search(r"kernel is made for ([\d., \nand]+);", PAGES[name])[1]
+        assert [round(10 * float(sm)) for sm in re.findall(r"\d+\.\d", known)] == list(SMS)
+    assert f"'triton>={version_text(OLDEST['triton'])}'" in PAGES["datacenter.md"]
 
 
 @pytest.mark.parametrize("name", PAGES)

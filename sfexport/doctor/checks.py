@@ -98,7 +98,7 @@ def _jetpack(machine: Machine, target: Target | None) -> Line | None:
     oldest = f"{version_text(OLDEST_JETPACK)} or later"
     expected = target.jetpack if target and target.jetpack else oldest
     if machine.jetpack is None:
-        mend = "Its version is not to be seen from here; in a container that does not matter."
+        mend = "Its version cannot be read here (normal in a container)."
         return Line("JetPack", "unknown", expected, WARNING, mend)
     seen = machine.jetpack + (f" (Jetson Linux {machine.l4t})" if machine.l4t else "")
     if is_older(machine.jetpack, OLDEST_JETPACK):
@@ -198,7 +198,7 @@ def _cuda_major(machine: Machine, target: Target | None) -> int:
 def _install_tensorrt(machine: Machine) -> str:
     """The package `tensorrt` is for the newest CUDA, 13."""
     if machine.cuda.cuda and is_older(machine.cuda.cuda, (13, 0)):
-        return "pip install tensorrt-cu12 'cuda-python<13' triton polygraphy"
+        return f"pip install tensorrt-cu12 'cuda-python<13' 'triton>={version_text(OLDEST['triton'])}'"
     return "pip install 'sfexport[tensorrt]'"
 
 
