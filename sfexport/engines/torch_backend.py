@@ -50,11 +50,15 @@ def load_model(checkpoint: Path) -> Any:
         raise MissingDependency(error.name or "torch", "The PyTorch model", INSTALL) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    fields = Checkpoint.open(checkpoint).config
-    config = LlavaQwenSlowFastConfig(**{k: fields[k] for k in ConfigFields.__struct_fields__ if k in fields})
+    opened = Checkpoint.open(checkpoint)
+    names = (n for n in ConfigFields.__struct_fields__ if n in opened.config and n != "quantization_config")
+    config = LlavaQwenSlowFastConfig(**{name: opened.config[name] for name in names})
+    config.set_tower(opened.tower)
+    state = _plain_state(opened)
     model, found = LlavaQwenSlowFastForCausalLM.from_pretrained(
-        checkpoint,
+        checkpoint if state is None else None,
         config=config,
+        state_dict=state,
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
@@ -69,6 +73,23 @@ def load_model(checkpoint: Path) -> Any:
             "Put back the checkpoint that was exported, or export again.",
         )
     return model.eval()
+
+
+def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """All weights in float32 where some are stored in 4 bits (GPTQ, AWQ), which transformers reads on a GPU alone.
+
+    None for an ordinary checkpoint. Raises CheckpointError for another method.
+    """
+    import torch
+
+    from sfexport.graphs.prequantized import adopt
+
+    plain, taken = adopt(checkpoint)
+    if not taken:
+        return None
+    ordinary = (name for name in plain.expected_tensors() if name in plain.tensors and name not in taken)
+    state = {name: torch.from_numpy(plain.tensors[name].rows()) for name in ordinary}
+    return state | {name: torch.from_numpy(matrix.weights()) for name, matrix in taken.items()}
 
 
 class TorchBackend(Backend):

@@ -76,6 +76,12 @@ class Taken:
             raise ValueError("scales that are not positive numbers")
         return scales
 
+    def weights(self) -> np.ndarray:
+        """The numbers that the codes stand for, float32 [out, in]."""
+        zeros, scales = (np.repeat(part, self.group, axis=0) for part in (self.zero_points(), self.scale_values()))
+        codes = self.codes_of(0, self.shape[0]).astype(np.float32)
+        return np.ascontiguousarray(((codes - zeros.astype(np.float32)) * scales).T)
+
 
 def _numbers(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     """Rows of a stored I32 tensor as uint32, read and not mapped."""

@@ -48,7 +48,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: str | Path | None, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """transformers' from_pretrained; the tower's sizes are read from a local checkpoint's tensors."""
         if config is None:
             config = cls.config_class.from_pretrained(path)

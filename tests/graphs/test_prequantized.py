@@ -139,6 +139,16 @@ def wanted_weights(plain: Path, kind: str, name: str) -> np.ndarray:
     return ((codes - next(by_input)) * next(by_input)).T
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorch_computes_with_the_same_numbers(kind: str, make: Make, plain: Path) -> None:
+    pytest.importorskip("torch")
+    from sfexport.engines.torch_backend import load_model
+
+    state = load_model(make(kind).checkpoint_path).state_dict()
+    for name in filter(BODY.fullmatch, state):
+        assert np.array_equal(state[name].numpy(), wanted_weights(plain, kind, name)), name
+
+
 ASKED = {"quantize": "int4", "precision": "fp16"}
 
 
