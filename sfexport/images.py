@@ -112,7 +112,8 @@ def image_notes(config: Mapping[str, Any], tower: Tower, processor: Mapping[str,
 
 def _kind(fields: ProcessorFields, tower: Tower) -> str:
     """'clip' or 'siglip': whose defaults hold."""
-    name = fields.image_processor_type or fields.feature_extractor_type
+    name = fields.image_processor_type
+    name = fields.feature_extractor_type if name is None else name
     if name is None:
         return "siglip" if tower.kind == "siglip" else "clip"
     if name not in _PROCESSORS:

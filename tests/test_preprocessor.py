@@ -86,6 +86,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data_format": "channels_last"}, "data_format"),
     ({"image_processor_type": "Qwen2VLImageProcessor"}, "image_processor_type"),
     ({"image_processor_type": 3}, "image_processor_type"),
+    ({"image_processor_type": ""}, "image_processor_type"),
     ({"crop_size": {"height": 48, "width": 40}}, "crop_size"),
     ({"crop_size": {"height": 48}}, "crop_size"),
     ({"crop_size": 0}, "crop_size"),

@@ -157,6 +157,7 @@ def _one_of(fields: QuantizationFields, file: str, name: str, other: str, defaul
 
 def _refuse_other_forms(fields: QuantizationFields, file: str) -> None:
     plain = {"is_marlin_format": False, "pack_dtype": "int32", "adapter": None, "rotation": None, "zero_point": True}
+    plain |= {"load_in_4bit": False, "load_in_8bit": False}
     for name, wanted in plain.items():
         if (value := getattr(fields, name)) != wanted:
             raise CheckpointError(f"{file}: '{name}' is {shown(value)}, which sfexport does not take over.", HINT)
@@ -165,8 +166,12 @@ def _refuse_other_forms(fields: QuantizationFields, file: str) -> None:
             raise CheckpointError(f"{file}: 'dynamic' changes the settings of {shown(rule)}.", HINT)
 
 
+def _first(*values: str | None) -> str:
+    return next(value for value in values if value is not None)
+
+
 def _awq_format(fields: QuantizationFields, file: str) -> int:
-    layout = fields.version or fields.format or fields.checkpoint_format or "gemm"
+    layout = _first(fields.version, fields.format, fields.checkpoint_format, "gemm")
     if layout.lower() != "gemm":
         raise CheckpointError(f"{file}: AWQ's layout {shown(layout)} is not the usual 'gemm'.", HINT)
     return 0
@@ -174,7 +179,7 @@ def _awq_format(fields: QuantizationFields, file: str) -> int:
 
 def _gptq_offset(fields: QuantizationFields, file: str) -> int:
     """GPTQ's first format stores zero points less 1."""
-    layout = fields.checkpoint_format or fields.format or "gptq"
+    layout = _first(fields.checkpoint_format, fields.format, "gptq")
     if layout.lower() not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"{file}: GPTQ's layout {shown(layout)} is not 'gptq' or 'gptq_v2'.", HINT)
     return int(layout.lower() == "gptq")

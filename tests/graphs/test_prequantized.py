@@ -227,6 +227,8 @@ def test_pointing_at_the_checkpoint_is_refused(make: Make, tmp_path: Path) -> No
     [
         ({"quant_method": "bitsandbytes"}, ["'bitsandbytes'", "gptq and awq"]),
         ({"bits": 8}, ["8 bits", "4 bits"]),
+        ({"load_in_4bit": True}, ["load_in_4bit"]),
+        ({"checkpoint_format": ""}, ["GPTQ's layout ''"]),
         ({"group_size": -1}, ["-1", "128"]),
         ({"group_size": 32}, ["groups of 32", "qzeros"]),
         ({"quant_method": "awq", "version": "gemv"}, ["'gemv'", "gemm"]),
