@@ -1,7 +1,7 @@
 """Make a tokenizers.Tokenizer out of a directory's files, with the ids that transformers 5 gives.
 
 `make_tokenizer` works in this process; `write_tokenizer` in one of its own, since a damaged or hostile tokenizer.json
-can end the process that reads it. Run as a program: DIRECTORY OUTPUT MARKED. May import sfexport.tokenizer_files.
+can end the process that reads it. Run as a program: DIRECTORY OUTPUT MARKED ROWS. May import sfexport.tokenizer_files.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def library_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} cannot be used: {reason[0][:200]}.", AGAIN) from None
 
 
-def make_tokenizer(directory: Path, marked: bool = False) -> Tokenizer:
+def make_tokenizer(directory: Path, marked: bool = False, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory: no truncation, no padding, every control token one id.
 
     Args:
         marked: the prompt has <im_start> and <im_end> around the video.
+        rows: of the model's table of tokens, where control tokens must have theirs; None: not checked.
 
     Raises:
         CheckpointError: there are no tokenizer files, they are damaged, or no tokenizer follows from them that
@@ -61,13 +62,13 @@ def make_tokenizer(directory: Path, marked: bool = False) -> Tokenizer:
     with library_errors(f"The tokenizer in {directory}"):
         tokenizer = _qwen2(files) if files.qwen2 else _as_it_is(files)
         _check_ids(tokenizer, files)
-        check_control_tokens(tokenizer, marked)
+        check_control_tokens(tokenizer, marked, rows)
         tokenizer.decode(tokenizer.encode(_SAMPLE, add_special_tokens=False).ids)
     return tokenizer
 
 
-def check_control_tokens(tokenizer: Tokenizer, marked: bool) -> None:
-    """Raises CheckpointError naming a control token of the prompt that is not exactly one id."""
+def check_control_tokens(tokenizer: Tokenizer, marked: bool, rows: int | None = None) -> None:
+    """Raises CheckpointError naming a control token of the prompt that is not exactly one id, or beyond the table."""
     for token in (START, END, *((VIDEO_START, VIDEO_END) if marked else ())):
         ids = tokenizer.encode(token, add_special_tokens=False).ids
         if len(ids) != 1 or ids[0] != tokenizer.token_to_id(token):
@@ -76,6 +77,11 @@ def check_control_tokens(tokenizer: Tokenizer, marked: bool) -> None:
                 "of it.",
                 "It must stand in tokenizer.json's or tokenizer_config.json's added tokens; the tokenizer may belong "
                 "to another model.",
+            )
+        if rows is not None and ids[0] >= rows:
+            raise CheckpointError(
+                f"The control token {token!r} has the id {ids[0]}, and the model's table of tokens has {rows} rows.",
+                "The tokenizer belongs to another model.",
             )
 
 
@@ -190,7 +196,7 @@ def _check_ids(tokenizer: Tokenizer, files: TokenizerFiles) -> None:
             )
 
 
-def write_tokenizer(directory: Path, output: Path, marked: bool = False) -> None:
+def write_tokenizer(directory: Path, output: Path, marked: bool = False, rows: int | None = None) -> None:
     """Make a directory's tokenizer in a process of its own and write it as one tokenizer.json.
 
     Raises:
@@ -198,7 +204,15 @@ def write_tokenizer(directory: Path, output: Path, marked: bool = False) -> None
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
-    command = [sys.executable, "-m", "sfexport.tokenizer_making", str(directory), str(output), str(int(marked))]
+    command = [
+        sys.executable,
+        "-m",
+        "sfexport.tokenizer_making",
+        str(directory),
+        str(output),
+        str(int(marked)),
+        str(rows or 0),
+    ]
     try:
         run = subprocess.run(command, env=environment, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -218,10 +232,10 @@ def write_tokenizer(directory: Path, output: Path, marked: bool = False) -> None
 
 def main(arguments: list[str]) -> int:
     """Write OUTPUT from DIRECTORY; print what is wrong as JSON and return 2 where that cannot be."""
-    directory, output, marked = arguments
+    directory, output, marked, rows = arguments
     _limit_memory()
     try:
-        text = make_tokenizer(Path(directory), marked == "1").to_str()
+        text = make_tokenizer(Path(directory), marked == "1", int(rows) or None).to_str()
     except InputError as error:
         print(json.dumps([str(error), error.hint]))
         return 2

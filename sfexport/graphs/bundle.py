@@ -174,7 +174,7 @@ def export(
             shutil.copyfile(file, directory / file.name)
         if has_tokenizer(checkpoint.path):
             marked = bool(checkpoint.config.get("mm_use_im_start_end"))
-            write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked)
+            write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked, checkpoint.facts.text.vocab_size)
         source = _source(checkpoint, taken, directory, options, report)
         for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
             report(f"writing {name}.onnx")

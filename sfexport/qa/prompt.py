@@ -155,7 +155,8 @@ class ChatTokenizer:
         return copy
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with library_errors("The tokenizer"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, text: str) -> int:
         """The id of a text that is exactly one token; InputError otherwise."""

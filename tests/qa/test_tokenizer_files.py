@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import edit_json, set_fields
+from helpers import assert_says, edit_json, refusal, set_fields, sfexport
 
 from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.errors import CheckpointError
@@ -326,6 +326,25 @@ def test_a_tokenizer_that_ends_the_process_is_refused(files: Path, tmp_path: Pat
     precompiled(files)
     with pytest.raises(CheckpointError, match="The tokenizer in"):
         write_tokenizer(files, tmp_path / "out.json")
+
+
+def test_control_tokens_need_a_row_of_the_models_table(files: Path, tmp_path: Path) -> None:
+    write_tokenizer(files, tmp_path / FILE, rows=503)
+    with pytest.raises(CheckpointError, match=r"'<\|im_end\|>' has the id 502, .* 502 rows"):
+        write_tokenizer(files, tmp_path / "other.json", rows=502)
+
+
+def test_export_takes_the_made_tokenizer_along(tree: Any, tmp_path: Path) -> None:
+    """A checkpoint with vocab.json and merges.txt answers as the one with tokenizer.json; a bad one is not exported."""
+    checkpoint = Path(shutil.copytree(tree.checkpoint, tmp_path / "checkpoint"))
+    split_files(checkpoint)
+    assert sfexport("export", checkpoint, "-o", tmp_path / "bundle").exit_code == 0
+    assert (tmp_path / "bundle" / FILE).read_bytes() == (tree.bundle / FILE).read_bytes()
+    assert FILE in json.loads((tmp_path / "bundle" / "sfexport.json").read_text())["files"]
+    template_free = json.loads((tree.checkpoint / FILE).read_text())
+    (checkpoint / FILE).write_text(json.dumps(template_free | {"normalizer": {"type": "NFKC"}}))
+    said = refusal(tmp_path, "export", checkpoint, "-o", tmp_path / "bundle", after_steps=True)
+    assert_says(said, "tokenizer.json", "'normalizer'", "transformers 5")
 
 
 def test_marked_prompts_need_their_marks(files: Path) -> None:
