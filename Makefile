@@ -43,7 +43,7 @@ test-newest-base:
 # PyTorch is in no lock: which of its builds is right depends on the machine. What it needs is.
 define install
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-compile --require-hashes --no-deps --only-binary :all: --requirement $<
 endef
 
 # The stamp is written last: an interrupted installation is repeated.
