@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 from drawn_clip import write_clip
+from hypothesis import HealthCheck, settings
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
 from sfexport.graphs.bundle import ExportOptions, export
+
+# Examples take longer on a busy machine, which is no fault of what is tested.
+settings.register_profile("sfexport", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sfexport")
 
 Tree = DemoPaths
 SHOWN = ("numpy", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "tokenizers", "av", "pillow", "msgspec", "click")
