@@ -129,7 +129,7 @@ def quantization_problems(node: Node, parser: str, int4_blocks: tuple[int, ...])
     scale = node.scope.constants.get(node.input(1))
     scales = None if scale is None else _values(scale, node.scope.weights)
     if scales is not None and not (np.isfinite(scales) & (scales > 0)).all():
-        yield f"Its scale {node.input(1)!r} has values that are not positive numbers; {parser} takes no other."
+        yield f"Its scale {node.input(1)!r} has values that are not positive numbers; TensorRT wants those."
     name = node.input(0) if node.proto.op_type == "DequantizeLinear" else node.proto.output[0]
     if node.scope.dtype(name) != "INT4":
         return

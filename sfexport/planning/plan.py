@@ -118,6 +118,7 @@ def _figures_json(figures: Figures) -> dict[str, Any]:
         "answers": figures.answers,
         "seconds": None if speed is None else _seconds_json(speed),
         "tokens_per_second": None if speed is None else speed.tokens_per_second,
+        "plain_tokens_per_second": None if speed is None else speed.plain_tokens_per_second,
     }
 
 

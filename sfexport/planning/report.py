@@ -27,8 +27,9 @@ def show(plan: Plan) -> None:
         header = ("GB" if unit == GB else "MB", *(figures.storage.name for figures in target.figures))
         console.table(f"{_machine(target)} (computed)", header, list(_rows(target, unit)))
     else:
-        header = ("target", "stored", "run GB", "build", "fits", "first s", "next", "tok/s")
-        console.table("every target (computed)", header, [row for t in plan.targets for row in _lines(t)])
+        header = ("target", "stored", "run", "build", "fits", "first s", "next", "tok/s")
+        rows = [row for target in plan.targets for row in _lines(target)]
+        console.table("every target (computed; run and build: GB)", header, rows)
     for note in notes(plan):
         for line in textwrap.wrap(note, WIDTH):
             console.say(line, err=False)
@@ -65,7 +66,8 @@ def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
     if target.name != CPU:
         yield ("first answer, s", *(_seconds(f.speed.first_token) for f in found))
         yield ("next question, s", *(_seconds(f.speed.second_question) for f in found))
-        yield ("tokens/s", *(f"{f.speed.tokens_per_second:.1f}" for f in found))
+        yield ("tokens/s, plain graph", *(f"{f.speed.plain_tokens_per_second:.1f}" for f in found))
+        yield ("tokens/s, own kernels", *(f"{f.speed.tokens_per_second:.1f}" for f in found))
 
 
 def _lines(target: TargetPlan) -> Iterator[tuple[str, ...]]:
@@ -80,7 +82,7 @@ def _lines(target: TargetPlan) -> Iterator[tuple[str, ...]]:
             _fits(f),
             _seconds(f.speed.first_token),
             _seconds(f.speed.second_question),
-            f"{f.speed.tokens_per_second:.1f}",
+            f"{_rate(f.speed.plain_tokens_per_second)}-{_rate(f.speed.tokens_per_second)}",
         )
 
 
@@ -90,6 +92,10 @@ def _fits(figures: Figures) -> str:
     if not figures.answers:
         return "no"
     return "yes" if figures.builds else "answers"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
 
 
 def _seconds(value: float | None) -> str:
@@ -121,14 +127,15 @@ def notes(plan: Plan) -> Iterator[str]:
     )
     yield (
         "First answer: vision, slow K/V and prefill, without reading the video. '-': the table of targets has no fp32 "
-        "rate. Launches and small kernels, which hold back a fast GPU, are not counted: read tokens/s as an upper "
-        "limit there."
+        "rate. tokens/s is a range between what others measured of plain ONNX graphs and of runtimes with kernels of "
+        "their own; launches and small kernels, which hold back a fast GPU, are not counted."
     )
     for efficiency in dict.fromkeys(target.efficiency for target in plan.targets):
         names = [t.name for t in plan.targets if t.efficiency == efficiency]
         where = "" if len(plan.targets) == 1 else f" on {', '.join(names)}"
         yield (
-            f"Assumed{where}: decoding at {efficiency.bandwidth:.0%} of the bandwidth; prefill at "
+            f"Assumed{where}: decoding at {efficiency.plain_bandwidth:.0%} of the bandwidth (plain ONNX graphs, which "
+            f"sfexport's are) to {efficiency.bandwidth:.0%} (runtimes with kernels of their own); prefill at "
             f"{efficiency.prefill:.0%} ({efficiency.prefill_int4:.0%} with int4) and vision at {efficiency.vision:.0%} "
             "of the fp16 rate."
         )

@@ -28,13 +28,16 @@ class Efficiency:
     """Fractions of a target's peak rates.
 
     Attributes:
-        bandwidth: while the decoder reads its weights. prefill, prefill_int4, vision: of the fp16 rate.
+        bandwidth: while the decoder reads its weights, in a runtime that has kernels of its own for it.
+        prefill, prefill_int4, vision: of the fp16 rate.
+        plain_bandwidth: as bandwidth, of a plain ONNX graph that appends to its K/V by Concat, as sfexport's do.
     """
 
     bandwidth: float
     prefill: float
     prefill_int4: float
     vision: float
+    plain_bandwidth: float = 0.27  # a published measurement: a model of 0.5 B in fp16 on an Orin Nano, TensorRT 10.3
 
 
 # From published measurements of models of 7 to 8 B parameters (TensorRT-Edge-LLM 0.9: Qwen3-8B and Qwen3-VL-8B on AGX
@@ -57,7 +60,9 @@ class Speed:
 
     Attributes:
         vision: tower and projector. compressor: slow K/V. prefix: text before the video and the fast tokens.
-        question: its own prefill. tokens_per_second: of the answer, in the model's decode mode.
+        question: its own prefill.
+        tokens_per_second: of the answer, in the model's decode mode, by Efficiency's bandwidth: the upper end.
+        plain_tokens_per_second: by its plain_bandwidth: the lower end.
     """
 
     vision: float | None
@@ -65,6 +70,7 @@ class Speed:
     prefix: float | None
     question: float | None
     tokens_per_second: float
+    plain_tokens_per_second: float
 
     @property
     def first_token(self) -> float | None:
@@ -107,4 +113,5 @@ def estimate_speed(
         prefix=None if rate is None else before + fast,
         question=question,
         tokens_per_second=1 / step,
+        plain_tokens_per_second=attained.plain_bandwidth / attained.bandwidth / step,
     )
