@@ -36,7 +36,7 @@ def commands() -> list[str]:
 def test_commands_have_only_verbs_and_options_that_exist(line: str) -> None:
     _, verb, *arguments = shlex.split(line, comments=True)
     command = main.commands[verb]
-    command.make_context(verb, arguments, parent=click.Context(main))  # parses, runs nothing
+    command.make_context(verb, arguments, parent=click.Context(main, **main.context_settings))  # parses only
 
 
 RUNNABLE = [line for line in commands() if re.match(r"sfexport (export|inspect checkpoint|plan|build .*--check)", line)]

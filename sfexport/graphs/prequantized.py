@@ -19,8 +19,8 @@ import numpy as np
 
 from sfexport.checkpoint import Checkpoint, Tensor
 from sfexport.errors import CheckpointError
+from sfexport.graphs.names import BODY
 from sfexport.graphs.quantization_settings import HINT, Quantization, read_quantization
-from sfexport.graphs.weights import BODY
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CENTRE = 8

@@ -7,7 +7,6 @@ followed by raw tensors. So nothing is copied, and writing a graph costs kilobyt
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
 }
 Rows = tuple[int, int]
-# The linear weights of the decoder's layers; with 4 bits, these are what changes.
-BODY = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 
 
 @dataclass(frozen=True)

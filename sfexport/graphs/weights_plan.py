@@ -15,9 +15,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from sfexport.checkpoint import DTYPE_BYTES, Checkpoint, Shard, Tensor
+from sfexport.graphs.names import BODY
 from sfexport.graphs.prequantized import Taken
 from sfexport.graphs.quantize import block_for
-from sfexport.graphs.weights import BODY, Packed, Rows, even_parts, head_name, part_name
+from sfexport.graphs.weights import Packed, Rows, even_parts, head_name, part_name
 
 FILE = "weights.safetensors"
 HEADS = ("int8", "fp16")
