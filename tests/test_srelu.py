@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import Tree
-from helpers import FIRST, SECOND, assert_says, edit_header, refusal, set_fields, split_shard, strict_json
+from helpers import FIRST, SECOND, assert_says, change_tensors, refusal, set_fields, split_shard, strict_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -419,7 +419,7 @@ def test_missing_parameters_are_named(checkpoint: Path, tmp_path: Path) -> None:
     shards = [damaged / name for name in (FIRST, SECOND)]
     for name in (NAMES[0], NAMES[6]):
         (shard,) = [s for s in shards if name in split_shard(s)[0]]
-        edit_header(shard, lambda header, name=name: header.pop(name))
+        change_tensors(shard, lambda tensors, name=name: tensors.pop(name))
     assert_refused(damaged, tmp_path, f"lacks {NAMES[0]}, {NAMES[6]}")
 
 
