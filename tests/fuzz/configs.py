@@ -72,11 +72,11 @@ CONFIG = {
     ),
 }
 PREPROCESSOR = {
-    "flag": "do_center_crop do_normalize do_rescale do_resize do_convert_rgb",
+    "flag": "do_center_crop do_normalize do_rescale do_resize",
     "size": "size crop_size",
     "triple": "image_mean image_std",
     "other": "resample rescale_factor",
-    "free": "image_processor_type processor_class unheard_of",
+    "free": "do_convert_rgb image_processor_type processor_class unheard_of",
 }
 NEVER["size"] = set(NONSENSE) - {"null", "huge", "number as text"} | {"number as text"}
 NEVER["triple"] = set(NONSENSE) - {"null"}

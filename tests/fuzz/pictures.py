@@ -180,7 +180,10 @@ def _picture_kinds() -> Iterator[Kind]:
         yield Kind(f"a picture of {width} x {height}", "media", partial(_thin, width=width, height=height))
     for suffix in ("gif", "webp", "png", "tif"):
         yield Kind(f"an animated {suffix}", "media", partial(_animated, suffix=suffix))
+    known = Image.registered_extensions()  # older versions of Pillow write no AVIF
     for suffix in ("png", "gif", "webp", "bmp", "jpg", "ppm", "tga", "tif", "jp2", "avif"):
+        if known.get(f".{suffix}") not in Image.SAVE:
+            continue
         yield Kind(f"one picture as {suffix}", "media", partial(_one_frame, suffix=suffix))
         if suffix not in ("avif",):
             for name, damage in DAMAGE.items():
