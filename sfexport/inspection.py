@@ -13,7 +13,8 @@ from sfexport.atomic import restore
 from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.facts import TOWER_PREFIX
-from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle, Engines, resolve_engines
+from sfexport.manifest import Bundle, Engines, resolve_engines
+from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE
 from sfexport.printable import size_text
 from sfexport.weight_files import refuse_adapter
 

@@ -1,30 +1,37 @@
 """What a bundle and an engine directory promise, and checking it before anything in them is used.
 
-Both are directories with a JSON manifest: `sfexport.json` in a bundle, `engine.json` beside engines. May
-import sfexport.checkpoint, facts, images and errors.
+Both are directories with a JSON manifest: `sfexport.json` in a bundle, `engine.json` beside engines. Neither the
+manifests nor what they list are trusted: types, names, digests and places are checked at every open.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sfexport import __version__
 from sfexport.atomic import restore
-from sfexport.checkpoint import Shard, Tensor, read_json
-from sfexport.errors import BundleError, InputError
+from sfexport.checkpoint import Checkpoint, Tensor, read_json
+from sfexport.errors import BundleError, CheckpointError, InputError
 from sfexport.facts import ModelFacts
+from sfexport.identity import full_sha256, has_content, has_weights
+from sfexport.images import FILE as PROCESSOR
 from sfexport.images import ImageFacts
+from sfexport.manifest_fields import (
+    BundleFields,
+    EngineFields,
+    TensorRTFields,
+    check_fields,
+    damaged,
+    is_finite,
+)
+from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE, check_files, gone, open_manifest, places
+from sfexport.shards import read_shard
+from sfexport.towers import tower_from_sizes
 
-FORMAT = 1
-BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
 GRAPHS = ("vision_encoder", "compressor", "decoder")
 # What graphs compute in, and the bytes of one such number.
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -34,105 +41,7 @@ QUANTIZATIONS = ("int4",)
 TAKEN_OVER = ("gptq", "awq")
 # Weights held as integers, by how they became so ('taken': the checkpoint had them), and the bits of each.
 _INTEGER_BITS = {"int4": 4, "int8": 8, "taken": 4}
-AGAIN = "Run the command that wrote this directory again."
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def describe_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The manifest's `files` entry: size and sha256 of each file we wrote."""
-    return {n: {"size": (directory / n).stat().st_size, "sha256": file_sha256(directory / n)} for n in names}
-
-
-def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    header = {"format": FORMAT, "sfexport": __version__}
-    path.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
-
-
-def place(path: Path, base: Path) -> dict[str, str]:
-    """A path as a manifest stores it: relative, so that a tree can move as a whole, and absolute."""
-    return {"relative": os.path.relpath(path.resolve(), base.resolve()), "absolute": str(path.resolve())}
-
-
-def find_place(stored: dict[str, str], base: Path, what: str, hint: str) -> Path:
-    """The stored path that exists, the relative one first."""
-    for path in ((base / stored["relative"]).resolve(), Path(stored["absolute"])):
-        if path.exists():
-            return path
-    raise BundleError(f"{base} needs {what} at {stored['absolute']}, which does not exist any more.", hint)
-
-
-def _open_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
-    """Read a manifest and refuse one of another format or version.
-
-    Raises:
-        BundleError: not such a directory, damaged, another version, a file missing or changed.
-    """
-    restore(directory)
-    if not directory.is_dir():
-        problem = "is not a directory" if directory.exists() else "does not exist"
-        raise BundleError(f"{directory} {problem}.", f"Name {kind}.")
-    if not (directory / name).is_file():
-        is_bundle = (directory / BUNDLE_FILE).is_file()
-        hint = "It is a bundle: sfexport build makes engines from it." if is_bundle else f"Name {kind}."
-        raise BundleError(f"{directory} is not {kind}: it has no {name}.", hint)
-    try:
-        content = read_json(directory / name)
-    except InputError as error:
-        raise BundleError(str(error), AGAIN) from None
-    version = str(content.get("sfexport"))
-    if content.get("format") != FORMAT or version.split(".")[:2] != __version__.split(".")[:2]:
-        raise BundleError(
-            f"{directory} was written by sfexport {version} (format {content.get('format')}); this is sfexport "
-            f"{__version__} (format {FORMAT}).",
-            "Run sfexport export and sfexport build again.",
-        )
-    _check_files(directory, content)
-    return content
-
-
-def _check_files(directory: Path, content: dict[str, Any]) -> None:
-    files = content.get("files")
-    if not isinstance(files, dict):
-        raise BundleError(f"The manifest in {directory} is damaged: it lists no files.", AGAIN)
-    for name, promised in files.items():
-        if not isinstance(promised, dict) or not {"size", "sha256"} <= promised.keys():
-            raise BundleError(f"The manifest in {directory} is damaged: it says nothing about {name}.", AGAIN)
-        if not (directory / name).is_file():
-            raise BundleError(f"{directory / name} is missing.", AGAIN)
-        if file_sha256(directory / name) != promised["sha256"]:
-            raise BundleError(
-                f"{directory / name} was changed after it was written (its sha256 is not the manifest's).",
-                AGAIN,
-            )
-
-
-@contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
-    """Says of a manifest that lacks something, or has it in another form, that it is damaged."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"The manifest in {directory} is damaged: {problem}.", AGAIN) from None
-
-
-def _expect(content: Any, names: Sequence[str]) -> None:
-    """Raises KeyError for a name that is missing, TypeError for what has no names."""
-    if not isinstance(content, dict):
-        raise TypeError(f"it has {content!r} in the place of an object")
-    for name in names:
-        content[name]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -144,40 +53,84 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
-        """Check the manifest, every file's sha256 and every weight shard's size and header.
+        """Check the manifest, every file's sha256, and every weight file's size and sampled content.
 
         Raises:
             BundleError: naming what is missing or changed.
         """
-        bundle = cls(path, _open_manifest(path, BUNDLE_FILE, "a bundle"))
-        with _readable(path):
-            bundle._check_shards()
-            bundle._check_content()
+        content = open_manifest(path, BUNDLE_FILE, "a bundle")
+        check_fields(content, BundleFields, path)
+        if not is_finite(content):
+            raise damaged(path, "a number in it is not finite")
+        bundle = cls(path, content)
+        inside = bundle._weight_files if content["weights"]["directory"]["relative"] == "." else {}
+        needed = ["config.json", *(f"{name}.onnx" for name in GRAPHS)]
+        check_files(path, content["files"], BUNDLE_FILE, needed, set(inside))
+        bundle.weights_directory, bundle._check_content()
         return bundle
 
     @cached_property
     def weights_directory(self) -> Path:
-        """The real directory that the graphs' external data lies in."""
-        return find_place(
-            self.content["weights"]["directory"],
-            self.path,
-            "its weights",
-            "Export again, or export with --weights copy to get a bundle that can be moved.",
-        )
+        """The real directory that the graphs' external data lies in: the first whose files have the right content."""
+        stored = self.content["weights"]["directory"]
+        found = places(stored, self.path)
+        problems = [self._weights_problem(directory) for directory in found]
+        if None in problems:
+            return found[problems.index(None)]
+        if problems:
+            raise problems[0]
+        hint = "Export again, or export with --weights copy to get a bundle that can be moved."
+        raise gone(stored, self.path, "its weights", hint)
+
+    @property
+    def _weight_files(self) -> dict[str, dict[str, Any]]:
+        return {shard["file"]: shard for shard in self.content["weights"]["shards"]}
+
+    @property
+    def weight_sizes(self) -> dict[str, int]:
+        """Bytes of each file in `weights_directory` that belongs to this bundle."""
+        return {name: shard["size"] for name, shard in self._weight_files.items()}
+
+    @property
+    def weight_digests(self) -> dict[str, str | None]:
+        """sha256 of all bytes of each weight file; None where the export did not read them all."""
+        return {name: shard["sha256"] for name, shard in self._weight_files.items()}
 
     @property
     def checkpoint_path(self) -> Path:
-        """The checkpoint the bundle was exported from (the bundle itself where weights were copied)."""
-        hint = "Comparing with PyTorch needs the checkpoint; put it back or export again."
-        return find_place(self.content["checkpoint"], self.path, "its checkpoint", hint)
+        """The checkpoint the bundle was exported from (the bundle itself where weights were copied).
+
+        Raises:
+            BundleError: it is gone, or its weights are others.
+        """
+        stored, hint = self.content["checkpoint"], "Put it back, or export again."
+        found = places(stored, self.path)
+        for path in found:
+            if self._has_weights(path):
+                return path
+        if found:
+            raise BundleError(f"The checkpoint {found[0]} is not the one {self.path} was exported from.", hint)
+        raise gone(stored, self.path, "its checkpoint", hint)
 
     @property
     def original_checkpoint(self) -> Path | None:
-        """The checkpoint directory that was exported, where it was then; None if it is gone, or not recorded."""
-        stored = self.content.get("original", self.content["checkpoint"])
-        places = Path(stored["absolute"]), (self.path / stored["relative"]).resolve()
-        found = (path for path in places if (path / "config.json").is_file() and path != self.path.resolve())
-        return next(found, None)
+        """The checkpoint directory that was exported, where it was then, whatever is in it now; None if it is gone.
+
+        Where the tree has moved and another checkpoint stands at the old place, the one that moved along.
+        """
+        own = Path(os.path.realpath(self.path))
+        found = [path for path in places(self.content["original"], self.path) if path != own]
+        found = [path for path in found if (path / "config.json").is_file()]
+        if len(found) > 1:
+            found.sort(key=lambda path: not self._has_weights(path))
+        return found[0] if found else None
+
+    def _has_weights(self, checkpoint: Path) -> bool:
+        """Whether a directory holds the checkpoint that was exported."""
+        try:
+            return has_weights(Checkpoint.open(checkpoint).shards, self.content["checkpoint"]["shards"])
+        except (InputError, OSError):
+            return False
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -185,7 +138,10 @@ class Bundle:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        return ModelFacts.from_config(self.config)
+        """The model as its graphs are: config.json may tie a head that the checkpoint stores all the same."""
+        facts = ModelFacts.from_config(self.config)
+        tied = facts.text.tie_word_embeddings and self.content["model"]["text"].get("tie_word_embeddings") is not False
+        return replace(facts, text=replace(facts.text, tie_word_embeddings=tied))
 
     @cached_property
     def image(self) -> ImageFacts:
@@ -225,7 +181,7 @@ class Bundle:
         """The token embedding's place in its shard; rows are read one by one, never the whole table."""
         stored = self.content["weights"]["embedding"]
         return Tensor(
-            name="model.embed_tokens.weight",
+            name=EMBEDDING,
             dtype=stored["dtype"],
             shape=tuple(stored["shape"]),
             shard=self.weights_directory / stored["file"],
@@ -234,57 +190,54 @@ class Bundle:
         )
 
     def generation_config(self) -> dict[str, Any]:
-        file = self.path / "generation_config.json"
-        return read_json(file) if file.is_file() else {}
+        name = "generation_config.json"
+        return read_json(self.path / name) if name in self.content["files"] else {}
+
+    def _weights_problem(self, directory: Path) -> BundleError | None:
+        """Why a directory's files are not this bundle's weights."""
+        for name, promised in self._weight_files.items():
+            if not (directory / name).is_file():
+                return BundleError(f"The weight shard {directory / name} is missing.", "Put it back or export again.")
+            if not has_content(directory / name, promised):
+                return BundleError(
+                    f"The weight shard {directory / name} is not the one this bundle was exported from: its content "
+                    "has changed.",
+                    "Export again.",
+                )
+        return None
 
     def _check_content(self) -> None:
-        """Read everything that is read later, so that what is missing is found now."""
+        """Compare what the manifest says twice, or what the bundle's other files say too."""
         content = self.content
-        _expect(content["model"], ("text", "slow_fast", "tower"))
-        _expect(content["tools"], ())
-        _expect(content["options"], ("weights",))
-        for name in ("checkpoint", *({"original"} & content.keys())):
-            _expect(content[name], ("relative", "absolute"))
-        for graph in GRAPHS:
-            _expect(content["graphs"][graph], ("inputs", "outputs"))
-        if not isinstance(content["weights"]["parameters"], int):
-            raise ValueError(f"its number of parameters is {content['weights']['parameters']!r}")
-        self.tokens_per_frame(single_image=True), self.tokens_per_frame(single_image=False)
-        if not isinstance(self.frames, int) or self.frames < 1:
-            raise ValueError(f"its number of frames is {self.frames!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"its precision is {self.precision!r}")
-        if self.quantization is not None:
-            self._check_quantization(self.quantization)
-        self.image, self.embedding(), self.facts
+        try:
+            tower = tower_from_sizes(content["model"].get("tower"))
+            check_fields(content["model"]["tower"], type(tower), self.path)
+            processor = read_json(self.path / PROCESSOR) if PROCESSOR in content["files"] else None
+            image = ImageFacts.from_config(self.config, tower, processor)
+        except CheckpointError as error:
+            raise damaged(self.path, str(error).rstrip(".")) from None
+        for name, found in (("model", {**asdict(self.facts), "tower": asdict(tower)}), ("image", asdict(image))):
+            if json.loads(json.dumps(found)) != content[name]:
+                raise damaged(self.path, f"its '{name}' is not what config.json and {PROCESSOR} say")
+        side, pooling = tower.grid(self.image.crop), self.facts.slow_fast.video_pooling_stride
+        if content["tokens_per_frame"] != {"image": side**2, "video": (side // pooling) ** 2}:
+            raise damaged(self.path, "its 'tokens_per_frame' do not fit the size of its frames")
+        self._check_embedding()
+        if content["weights"]["directory"]["relative"] == "." and None in self.weight_digests.values():
+            raise damaged(self.path, "it has no sha256 of its own weights")
+        if self.weight_bytes(1) < 0:
+            raise damaged(self.path, "more of its weights are rounded than there are")
 
-    def _check_quantization(self, content: dict[str, Any]) -> None:
-        _expect(content, ("lm_head", "matrices"))
-        if content["method"] not in (*QUANTIZATIONS, *TAKEN_OVER):
-            raise ValueError(f"its quantization is {content['method']!r}")
-        for kind in _INTEGER_BITS:
-            _expect(content[kind], ("plain_error", "error"))
-        self.weight_bytes(1)
-
-    def _check_shards(self) -> None:
-        for shard in self.content["weights"]["shards"]:
-            file = self.weights_directory / shard["file"]
-            if not file.is_file():
-                raise BundleError(f"The weight shard {file} is missing.", "Put it back or export again.")
-            if file.stat().st_size != shard["size"] or _header_sha256(file) != shard["header_sha256"]:
-                raise BundleError(
-                    f"The weight shard {file} is not the one this bundle was exported from.", "Export again."
-                )
-
-
-def _header_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return sha256(stream.read(min(length, 100_000_000))).hexdigest()
-
-
-def describe_shard(shard: Shard) -> dict[str, Any]:
-    return {"file": shard.path.name, "size": shard.size, "header_sha256": shard.header_sha256}
+    def _check_embedding(self) -> None:
+        """The table is a tensor of one of the weight files: rows are read from there without another check."""
+        said, text = self.embedding(), self.facts.text
+        if said.shard.name not in self._weight_files or said.shape != (text.vocab_size, text.hidden_size):
+            raise damaged(self.path, "its token embedding is in no weight file, or has not the model's shape")
+        found = read_shard(said.shard, said.shard.name)[1].get(EMBEDDING)
+        if found is None or (found.dtype, found.shape, found.offset, found.length) != (
+            *(said.dtype, said.shape, said.offset, said.length),
+        ):
+            raise damaged(self.path, f"its token embedding is not at this place of {said.shard.name}")
 
 
 def describe_embedding(tensor: Tensor) -> dict[str, Any]:
@@ -313,19 +266,31 @@ class Engines:
             BundleError: naming what is missing, changed or of another version.
         """
         path = resolve_engines(path)
-        content = _open_manifest(path, ENGINE_FILE, "an engine directory")
-        with _readable(path):
-            stored, promised = content["bundle"], content["bundle"]["sha256"]
-            where = find_place(stored, path, "the bundle it was built from", "Put it back, or build again.")
-            _expect(content, ("backend", "target", "machine"))
-            _expect(content["runtime"], ("name", "version"))
+        content = open_manifest(path, ENGINE_FILE, "an engine directory")
+        check_fields(content, EngineFields, path)
+        if content["backend"] == "tensorrt":
+            check_fields(content, TensorRTFields, path)
+        suffix = {"onnxruntime": "onnx", "tensorrt": "engine"}.get(content["backend"])
+        needed = [f"{name}.{suffix}" for name in GRAPHS] if suffix else []
+        check_files(path, content["files"], ENGINE_FILE, needed, set())
+        where, promised = cls._find_bundle(path, content["bundle"]), content["bundle"]["sha256"]
         bundle = Bundle.open(where)
-        if file_sha256(where / BUNDLE_FILE) != promised:
+        if full_sha256(where / BUNDLE_FILE) != promised:
             raise BundleError(
                 f"The bundle {where} is not the one the engines in {path} were built from.",
                 f"Build again: sfexport build {where} -o {path}",
             )
         return cls(path, content, bundle)
+
+    @staticmethod
+    def _find_bundle(path: Path, stored: dict[str, str]) -> Path:
+        """The bundle beside the engines, so that a copied tree is whole; else the recorded one."""
+        beside = Path(os.path.realpath(path / stored["relative"]))
+        for found in (beside, Path(stored["absolute"])):
+            restore(found)
+            if found.exists():
+                return found
+        raise gone(stored, path, "the bundle it was built from", "Put it back, or build again.")
 
     def check_runtime(self, name: str, version: str) -> None:
         """Refuse engines of another runtime or version, before any is deserialised."""

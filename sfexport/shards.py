@@ -10,7 +10,6 @@ import re
 import stat
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,12 +63,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file: its size and the digest of its header, which a bundle's manifest keeps."""
+    """A safetensors file. name: in the checkpoint; path: the real file, where that is a link."""
 
     name: str
     path: Path
     size: int
-    header_sha256: str
 
 
 def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
@@ -88,7 +86,7 @@ def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
         raise CheckpointError(f"The shard {path} cannot be read: {error}.", "Download it again.") from None
     tensors = _parse_header(header, real, path)
     _check_layout(tensors, 8 + len(header), found.st_size, path)
-    return Shard(name, real, found.st_size, sha256(header).hexdigest()), {tensor.name: tensor for tensor in tensors}
+    return Shard(name, real, found.st_size), {tensor.name: tensor for tensor in tensors}
 
 
 def _read_header(file: BinaryIO, path: Path) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from sfexport.cli import main
+from sfexport.manifest_files import content_digest
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 INDEX = "model.safetensors.index.json"
@@ -73,9 +74,11 @@ def strict_json(text: str) -> Any:
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a JSON file in place."""
+    """Change a JSON file in place; a manifest's own digest follows, as if it had been that way all along."""
     content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
+    if "digest" in content:
+        content["digest"] = content_digest(content)
     file.write_text(json.dumps(content), encoding="utf-8")
 
 

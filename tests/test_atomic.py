@@ -16,7 +16,7 @@ from helpers import snapshot
 from sfexport import atomic
 from sfexport.atomic import new_directory, new_file, restore
 from sfexport.errors import InputError
-from sfexport.manifest import describe_files, write_manifest
+from sfexport.manifest_files import describe_files, write_manifest
 
 MANIFEST = "manifest.json"
 

@@ -13,7 +13,7 @@ from helpers import assert_says, sfexport, snapshot, strict_json
 
 from sfexport.cli import main
 from sfexport.demo.shipped import SHIPPED
-from sfexport.manifest import BUNDLE_FILE
+from sfexport.manifest_files import BUNDLE_FILE
 
 pytest.importorskip("optimum.commands.optimum_cli")
 

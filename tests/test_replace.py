@@ -123,7 +123,7 @@ def test_trees_made_by_an_earlier_version_are_replaced(tree_copy: Tree) -> None:
         content = json.loads(file.read_text())
         kept = {key: value for key, value in content.items() if key not in ("digest", "weights")}
         if weights := content.get("weights"):
-            shards = [{key: shard[key] for key in ("file", "size", "header_sha256")} for shard in weights["shards"]]
+            shards = [{"file": s["file"], "size": s["size"], "header_sha256": "0" * 64} for s in weights["shards"]]
             kept["weights"] = {"directory": weights["directory"], "shards": shards}
         file.write_text(json.dumps(kept | {"format": 1, "sfexport": "0.0.9"}))
     assert sfexport("export", tree_copy.checkpoint, "-o", tree_copy.bundle).exit_code == 0

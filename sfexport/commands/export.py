@@ -49,6 +49,13 @@ from sfexport.commands.common import DIRECTORY, directory_name, json_option, wit
 @click.option(
     "--split-lm-head", type=int, default=1, show_default=True, help="Pieces the language-model head is computed in."
 )
+@click.option(
+    "--digest",
+    type=click.Choice(["sampled", "full"]),
+    default="sampled",
+    show_default=True,
+    help="What is kept to tell referenced weights by: sampled blocks of every tensor, or every byte too (slower).",
+)
 @json_option
 def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small.

@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sfexport.atomic import new_directory
 from sfexport.engines.interface import Backend
 from sfexport.errors import BundleError, InputError, SfexportError
-from sfexport.manifest import (
-    BUNDLE_FILE,
-    ENGINE_FILE,
-    GRAPHS,
-    Bundle,
-    Engines,
-    describe_files,
-    file_sha256,
-    place,
-    write_manifest,
-)
+from sfexport.identity import full_sha256
+from sfexport.manifest import GRAPHS, Bundle, Engines
+from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.values import as_output, one_of
 
 if TYPE_CHECKING:
@@ -136,7 +128,7 @@ def build(
             "backend": backend,
             "machine": platform.machine(),
             "runtime": {"name": backend, "version": version},
-            "bundle": {**place(bundle.path, out), "sha256": file_sha256(bundle.path / BUNDLE_FILE)},
+            "bundle": {**place(bundle.path, out), "sha256": full_sha256(bundle.path / BUNDLE_FILE)},
             "files": describe_files(directory, sorted(file.name for file in directory.iterdir())),
         }
         write_manifest(directory / ENGINE_FILE, content | about)
@@ -167,10 +159,10 @@ def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report,
         check_precision(bundle.precision)
     if not force:
         check_weights_fit(bundle, backend)
-    check_weights(bundle, report)
+    digests = check_weights(bundle, report)
     if backend == "onnxruntime":
         _build_onnxruntime(bundle, directory, report)
-    return {"target": "cpu"}
+    return {"target": "cpu", "weights_sha256": digests}
 
 
 def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> None:

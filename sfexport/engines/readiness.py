@@ -23,7 +23,8 @@ from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
 from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
 from sfexport.kernels.store import save_kernels
 from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
-from sfexport.manifest import GRAPHS, Bundle, describe_files, write_manifest
+from sfexport.manifest import GRAPHS, Bundle
+from sfexport.manifest_files import describe_files, write_manifest
 from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
 
 KIT_FILE = "check.json"

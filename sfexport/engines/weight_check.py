@@ -1,27 +1,32 @@
-"""Whether the weights that graphs point to are numbers that the graphs can compute with. Imports onnx and NumPy.
+"""Read all weights of a bundle once: they must be the bundle's, and numbers that its graphs can compute with.
 
 A bundle is exported without reading its weights, so a diverged training, a damaged file, or a weight that float16
-cannot hold would only show as nonsense in answers. Building reads them all anyway.
+cannot hold would only show as nonsense in answers. Imports onnx and NumPy.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 
 from sfexport.checkpoint import NO_NUMBERS
-from sfexport.errors import CheckpointError
+from sfexport.engines.external_data import stored_tensors
+from sfexport.errors import BundleError, CheckpointError
 from sfexport.graphs.quantize import NOT_FINITE
 from sfexport.manifest import GRAPHS, Bundle
+from sfexport.printable import size_text
 
 _CHUNK_BYTES = 8 << 20
+_WAITING = 8  # chunks that are read and not yet checked
 # Fewer bytes are read before anyone wonders.
 _WORTH_REPORTING = 1 << 30
 _FLOATS = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.BFLOAT16: "BF16"}
@@ -31,64 +36,111 @@ _BEYOND_FP16 = {"F32": 0x477FF000, "BF16": 0x4780}
 
 @dataclass(frozen=True)
 class _Span:
-    """Some bytes of a stored tensor."""
+    """Some bytes of a weight file; name and dtype of the floats in them, or None for other bytes."""
 
-    name: str
-    file: Path
     offset: int
     length: int
-    dtype: str
+    name: str | None = None
+    dtype: str | None = None
 
 
-def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> None:
-    """Read all floating-point weights of a bundle's graphs once.
+def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> dict[str, str]:
+    """Read every weight file from end to end; sha256 of each by name.
 
     Raises:
-        CheckpointError: one is not finite, or becomes infinite in a float16 graph; the tensor is named.
+        BundleError: a file is not the one that was exported; a graph's weights lie elsewhere.
+        CheckpointError: a number is not finite, or becomes infinite in a float16 graph; the tensor is named.
     """
-    spans = list(_spans(bundle))
-    total = sum(span.length for span in spans)
+    tensors: dict[str, dict[int, _Span]] = {name: {} for name in bundle.weight_sizes}
+    for span, file in _floats(bundle):
+        known = tensors[file].get(span.offset)
+        if known is None or known.length < span.length:
+            tensors[file][span.offset] = span
+    total = sum(bundle.weight_sizes.values())
     if total > _WORTH_REPORTING:
-        report(f"checking {total / 1e9:,.1f} GB of weights")
-    half = bundle.precision == "fp16"
+        report(f"checking {size_text(total)} of weights")
+    found = {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for span, problem in zip(spans, pool.map(lambda span: _problem(span, half), spans), strict=True):
-            if problem:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise CheckpointError(f"Tensor '{span.name}' in {span.file.name} has {problem[0]}.", problem[1])
+        for name, spans in tensors.items():
+            file = bundle.weights_directory / name
+            found[name] = _check_file(file, sorted(spans.values(), key=lambda s: s.offset), bundle, pool)
+            promised = bundle.weight_digests[name]
+            if promised is not None and promised != found[name]:
+                raise BundleError(
+                    f"The weight shard {file} is not the one this bundle was exported from: its sha256 is another.",
+                    "Export again.",
+                )
+    return found
 
 
-def _spans(bundle: Bundle) -> Iterator[_Span]:
-    seen = set()
+def _floats(bundle: Bundle) -> Iterator[tuple[_Span, str]]:
+    """Spans of floats that the graphs compute with, and of the embedding table; each with its file's name."""
     for graph in GRAPHS:
-        for tensor in _initializers(bundle.graph_file(graph)):
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            key = (place.get("location"), place.get("offset"))
-            if not place or tensor.data_type not in _FLOATS or key in seen:
-                continue
-            seen.add(key)
-            file, first, length = bundle.weights_directory / place["location"], *map(int, (key[1], place["length"]))
-            for start in range(0, length, _CHUNK_BYTES):
-                size = min(_CHUNK_BYTES, length - start)
-                yield _Span(tensor.name, file, first + start, size, _FLOATS[tensor.data_type])
+        for tensor in stored_tensors(bundle.graph_file(graph), bundle):
+            if tensor.dtype in _FLOATS:
+                yield _Span(tensor.offset, tensor.length, tensor.name, _FLOATS[tensor.dtype]), tensor.file.name
+    table = bundle.embedding()
+    yield _Span(table.offset, table.length, table.name, table.dtype), table.shard.name
 
 
-def _initializers(file: Path) -> Sequence[onnx.TensorProto]:
-    """Of a graph; none where it cannot be read, which the runtime says better."""
-    try:
-        return onnx.load(file, load_external_data=False).graph.initializer
-    except DecodeError:
-        return ()
+def _check_file(file: Path, spans: list[_Span], bundle: Bundle, pool: ThreadPoolExecutor) -> str:
+    """Hash a file while other threads look at its floats."""
+    digest, half = sha256(), bundle.precision == "fp16"
+    waiting: deque[tuple[_Span, Future[tuple[str, str] | None]]] = deque()
+    with file.open("rb", buffering=0) as stream:
+        for piece in _pieces(spans, bundle.weight_sizes[file.name]):
+            data = _read(stream, piece.length, file)
+            digest.update(data)
+            if piece.dtype is not None:
+                waiting.append((piece, pool.submit(_problem, data, piece.dtype, half)))
+            while len(waiting) > _WAITING:
+                _settle(*waiting.popleft(), file)
+        while waiting:
+            _settle(*waiting.popleft(), file)
+    return digest.hexdigest()
 
 
-def _problem(span: _Span, half: bool) -> tuple[str, str] | None:
+def _pieces(spans: list[_Span], size: int) -> Iterator[_Span]:
+    """The whole file in pieces of bounded length, each either floats of one tensor or other bytes.
+
+    Where tensors overlap, which only a shared table does, the bytes belong to the one that begins first.
+    """
+    position = 0
+    for span in [*spans, _Span(size, 0)]:
+        yield from _cut(_Span(position, span.offset - position))
+        begin = max(position, span.offset)
+        position = max(position, span.offset + span.length)
+        yield from _cut(_Span(begin, position - begin, span.name, span.dtype))
+
+
+def _cut(span: _Span) -> Iterator[_Span]:
+    for start in range(0, span.length, _CHUNK_BYTES):
+        yield _Span(span.offset + start, min(_CHUNK_BYTES, span.length - start), span.name, span.dtype)
+
+
+def _read(stream: BinaryIO, length: int, file: Path) -> bytes:
+    data = stream.read(length)
+    while len(data) < length:
+        more = stream.read(length - len(data))
+        if not more:
+            raise BundleError(f"The weight shard {file} has become shorter while it was read.", "Export again.")
+        data += more
+    return data
+
+
+def _settle(span: _Span, result: Future[tuple[str, str] | None], file: Path) -> None:
+    if problem := result.result():
+        raise CheckpointError(f"Tensor '{span.name}' in {file.name} has {problem[0]}.", problem[1])
+
+
+def _problem(data: bytes, dtype: str, half: bool) -> tuple[str, str] | None:
     """(what is wrong, what to do about it), or None."""
-    exponent = NOT_FINITE[span.dtype]
-    values = np.fromfile(span.file, exponent.dtype, span.length // exponent.itemsize, offset=span.offset)
+    exponent = NOT_FINITE[dtype]
+    values = np.frombuffer(data, exponent.dtype, len(data) // exponent.itemsize)
     # Without the sign, numbers are in the order of their bits: infinity and NaN are largest.
     largest = (values & (np.iinfo(exponent.dtype).max >> 1)).max(initial=0)
     if largest >= exponent:
         return "values that are not finite numbers", NO_NUMBERS
-    if half and largest >= _BEYOND_FP16.get(span.dtype, exponent):
+    if half and largest >= _BEYOND_FP16.get(dtype, exponent):
         return "values that float16 cannot hold", "Export with --precision bf16 or fp32."
     return None

@@ -25,38 +25,24 @@ from sfexport.config_fields import MAX_FRAMES
 from sfexport.errors import InputError, SfexportError
 from sfexport.graphs.compressor import build_compressor
 from sfexport.graphs.decoder import build_decoder
+from sfexport.graphs.description import describe_graph
 from sfexport.graphs.prequantized import Taken, adopt
 from sfexport.graphs.vision_encoder import build_vision_encoder
 from sfexport.graphs.weights import Packed, Weights
 from sfexport.graphs.weights_file import summary, write_weights
 from sfexport.graphs.weights_plan import HEADS, plan_weights
-from sfexport.manifest import (
-    BUNDLE_FILE,
-    GRAPHS,
-    PRECISIONS,
-    QUANTIZATIONS,
-    Bundle,
-    describe_embedding,
-    describe_files,
-    describe_shard,
-    place,
-    write_manifest,
-)
+from sfexport.identity import describe_shard
+from sfexport.manifest import GRAPHS, PRECISIONS, QUANTIZATIONS, Bundle, describe_embedding
+from sfexport.manifest_files import BUNDLE_FILE, describe_files, place, write_manifest
 from sfexport.printable import size_text, sizes_text
 from sfexport.tokenizer_files import has_tokenizer
 from sfexport.tokenizer_making import write_tokenizer
 from sfexport.values import as_output, one_of, whole_number
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-TYPE_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.BOOL: "bool",
-}
 SCALE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 WEIGHTS = ("auto", "reference", "copy")
+DIGESTS = ("sampled", "full")
 # 'auto' copies up to this many bytes: a small bundle that any ONNX tool can open and that can be moved is
 # worth more than the disk; a large one points into the checkpoint.
 COPY_LIMIT = 64 << 20
@@ -75,6 +61,7 @@ class ExportOptions:
         quantize: 'int4' rounds the decoder's linear weights and writes all weights into the bundle; None: nothing.
         lm_head: the language-model head of a quantised bundle, 'int8' (also None) or 'fp16' (16 bits, not rounded).
         split_lm_head: pieces that the head is computed in.
+        digest: what a bundle keeps of weights that it points to: 'sampled' blocks, or 'full' for every byte too.
     """
 
     frames: int | None = None
@@ -83,11 +70,13 @@ class ExportOptions:
     quantize: str | None = None
     lm_head: str | None = None
     split_lm_head: int = 1
+    digest: str = "sampled"
 
     def __post_init__(self) -> None:
         self._check_quantization()
         whole_number(self.split_lm_head, "--split-lm-head")
         one_of(self.weights, "--weights", WEIGHTS)
+        one_of(self.digest, "--digest", DIGESTS)
         one_of(self.precision, "--precision", tuple(PRECISIONS))
         if self.frames is not None:
             whole_number(self.frames, "--frames", most=MAX_FRAMES)
@@ -298,6 +287,8 @@ def _check_without_data(model: onnx.ModelProto) -> None:
 def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out: Path, options: ExportOptions) -> None:
     """The bundle being written at `directory` is known as `out` later."""
     weights = out if source.in_bundle else source.shards[0].path.parent
+    full = source.in_bundle or options.digest == "full"
+    shards = [describe_shard(shard, full) for shard in source.shards]
     names = [file.name for file in checkpoint.side_files()] + [f"{name}.onnx" for name in GRAPHS]
     if has_tokenizer(checkpoint.path) and TOKENIZER_FILE not in names:
         names.append(TOKENIZER_FILE)
@@ -317,11 +308,14 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
             "split_lm_head": options.split_lm_head,
         },
         "graphs": {name: describe_graph(directory / f"{name}.onnx") for name in GRAPHS},
-        "checkpoint": place(out if source.in_bundle and source.whole else checkpoint.path, out),
+        "checkpoint": {
+            **place(out if source.in_bundle and source.whole else checkpoint.path, out),
+            "shards": shards if source.whole else [describe_shard(shard, full=False) for shard in checkpoint.shards],
+        },
         "original": place(checkpoint.path, out),
         "weights": {
             "directory": place(weights, out),
-            "shards": [describe_shard(shard) for shard in source.shards],
+            "shards": shards,
             "parameters": _parameters(checkpoint),
             "embedding": describe_embedding(source.tensors["model.embed_tokens.weight"]),
         },
@@ -338,25 +332,3 @@ def _parameters(checkpoint: Checkpoint) -> int:
     if not checkpoint.facts.text.tie_word_embeddings:
         names.discard("model.embed_tokens.weight")
     return sum(math.prod(checkpoint.tensors[name].shape) for name in names)
-
-
-def describe_graph(file: Path) -> dict[str, Any]:
-    """A graph's inputs and outputs: name, dtype, shape (names for dynamic dimensions), and its opset."""
-    model = onnx.load(file, load_external_data=False)
-
-    def describe(values: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": v.name,
-                "dtype": TYPE_NAMES[ir.DataType(v.type.tensor_type.elem_type)],
-                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
-            }
-            for v in values
-        ]
-
-    return {
-        "opset": next(o.version for o in model.opset_import if o.domain == ""),
-        "nodes": len(model.graph.node),
-        "inputs": describe(model.graph.input),
-        "outputs": describe(model.graph.output),
-    }

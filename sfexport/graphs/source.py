@@ -10,7 +10,8 @@ from sfexport.atomic import restore
 from sfexport.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import BUNDLE_FILE, ENGINE_FILE, Bundle
+from sfexport.manifest import Bundle
+from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE
 from sfexport.ownership import check_output
 
 

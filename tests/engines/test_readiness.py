@@ -17,8 +17,10 @@ from sfexport.engines import readiness
 from sfexport.engines.memory import plan_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.identity import full_sha256
 from sfexport.kernels.store import StoredKernels
-from sfexport.manifest import BUNDLE_FILE, Bundle, file_sha256
+from sfexport.manifest import Bundle
+from sfexport.manifest_files import BUNDLE_FILE
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
 TARGETS = [
@@ -79,7 +81,7 @@ def plant(bundle: Path, graph: str, change) -> None:
     model = onnx.load(file, load_external_data=False)
     change(model)
     onnx.save(model, file)
-    entry = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    entry = {"size": file.stat().st_size, "sha256": full_sha256(file)}
     edit_json(bundle / BUNDLE_FILE, lambda content: content["files"].update({file.name: entry}))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from helpers import assert_says, snapshot, split_shard
+from helpers import assert_says, edit_json, snapshot, split_shard
 from quantized import FILE, ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
 from sfexport.checkpoint import Checkpoint
@@ -166,8 +166,7 @@ def test_weight_bytes_count_integers_as_stored(make: Make) -> None:
 
 def test_a_manifest_with_an_unknown_quantization_is_damaged(make: Make, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(make(quantize="int4").path, tmp_path / "bundle"))
-    manifest = copy / "sfexport.json"
-    manifest.write_text(manifest.read_text().replace('"method": "int4"', '"method": "int3"'))
+    edit_json(copy / "sfexport.json", lambda content: content["quantization"].update(method="int3"))
     with pytest.raises(BundleError) as caught:
         Bundle.open(copy)
     assert_says(caught.value.paragraph(), "damaged", "'int3'")
