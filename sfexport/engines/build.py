@@ -13,6 +13,7 @@ from sfexport.engines.interface import Backend
 from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.identity import full_sha256
 from sfexport.manifest import GRAPHS, Bundle, Engines
+from sfexport.manifest_fields import AGAIN
 from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.values import as_output, one_of
 
@@ -120,6 +121,7 @@ def build(
     backend, out = choose_backend(backend), as_output(out)
     version = runtime_version(backend)
     with new_directory(out, ENGINE_FILE) as directory:
+        _check_graphs(bundle)
         if backend == "tensorrt":
             about = _build_tensorrt(bundle, directory, report, force, tensorrt, on_progress)
         else:
@@ -134,6 +136,26 @@ def build(
         write_manifest(directory / ENGINE_FILE, content | about)
         Engines.open(directory)  # as the next command will, while earlier engines still stand
     return Engines.open(out)
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    """Refuse graphs that are not what the manifest says: its shapes decide what engines are built for.
+
+    A file that is no graph at all is the runtime's to refuse.
+    """
+    from google.protobuf.message import DecodeError
+
+    from sfexport.graphs.description import describe_graph
+
+    for name in GRAPHS:
+        try:
+            found = describe_graph(bundle.graph_file(name))
+        except DecodeError:
+            continue
+        except (KeyError, StopIteration, ValueError):
+            found = None
+        if found != bundle.content["graphs"][name]:
+            raise BundleError(f"{bundle.graph_file(name)} is not the graph that the manifest describes.", AGAIN)
 
 
 def _build_tensorrt(
@@ -203,8 +225,12 @@ def open_backend(engines: Engines) -> Backend:
         return TorchBackend(bundle.checkpoint_path)
     if engines.content["backend"] == "tensorrt":
         return _open_tensorrt(engines)
+    from sfexport.engines.external_data import stored_tensors
     from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 
+    for name in GRAPHS:
+        # ONNX Runtime opens whatever a graph names: nothing but the bundle's weights, then.
+        stored_tensors(engines.path / f"{name}.onnx", bundle)
     return OnnxRuntimeBackend(engines.path, bundle.weights_directory, bundle.facts)
 
 
