@@ -4,7 +4,8 @@ A file of up to 64 MB is read whole. Of a larger one the header and blocks of ev
 and three between, 4 KB each, so that opening 17 GB takes a fraction of a second. Other weights of the same shapes, a
 tensor of zeros, a changed sign or scale, or tensors in another order show in every block; a change between the blocks,
 such as one row of a matrix or one bad sector, does not. That takes the digest of all bytes, which an export of copied
-or quantised weights always has, one of referenced weights with `--digest full`, and which a build checks.
+or quantised weights always has, one of referenced weights with `--digest full`, and which a build checks. Engines keep
+it too, with the file's time: where that has changed since the build, the whole file is read before they are used.
 May import sfexport.errors and sfexport.shards.
 """
 
@@ -46,6 +47,15 @@ def has_content(file: Path, promised: dict[str, Any]) -> bool:
         return sampled_sha256(file) == promised["sampled_sha256"]
     except (CheckpointError, OSError):
         return False
+
+
+def changed_since(file: Path, read: dict[str, Any]) -> bool:
+    """Whether a large file, of which only samples were compared, differs from what a build read.
+
+    All of it is read where its time of modification is another.
+    """
+    about = file.stat()
+    return about.st_size > WHOLE and about.st_mtime_ns != read["mtime_ns"] and full_sha256(file) != read["sha256"]
 
 
 def has_weights(shards: Iterable[Shard], promised: list[dict[str, Any]]) -> bool:

@@ -17,7 +17,7 @@ from sfexport.atomic import restore
 from sfexport.checkpoint import Checkpoint, Tensor, read_json
 from sfexport.errors import BundleError, CheckpointError, InputError
 from sfexport.facts import ModelFacts
-from sfexport.identity import full_sha256, has_content, has_weights
+from sfexport.identity import changed_since, full_sha256, has_content, has_weights
 from sfexport.images import FILE as PROCESSOR
 from sfexport.images import ImageFacts
 from sfexport.manifest_fields import (
@@ -280,7 +280,20 @@ class Engines:
                 f"The bundle {where} is not the one the engines in {path} were built from.",
                 f"Build again: sfexport build {where} -o {path}",
             )
+        if content["weights_read"].keys() != bundle.weight_sizes.keys():
+            raise damaged(path, "its 'weights_read' are not the bundle's weight files")
         return cls(path, content, bundle)
+
+    def check_weights(self) -> None:
+        """Refuse weights that were edited in place after the build, also where no sampled block shows it."""
+        for name, read in self.content["weights_read"].items():
+            file = self.bundle.weights_directory / name
+            if changed_since(file, read):
+                raise BundleError(
+                    f"The weight shard {file} is not the one that the engines in {self.path} were built with: its "
+                    "content has changed.",
+                    "Put it back, or export and build again.",
+                )
 
     @staticmethod
     def _find_bundle(path: Path, stored: dict[str, str]) -> Path:

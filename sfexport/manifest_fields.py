@@ -6,6 +6,7 @@ Imports msgspec; may import sfexport.errors.
 from __future__ import annotations
 
 import math
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,7 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\\\x00-\x1f\x7f-\x9
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Text = Annotated[str, msgspec.Meta(max_length=255)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=1 << 15, pattern=r"^[^\x00]+$")]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 
@@ -144,7 +146,7 @@ class BundleFields(_Exact, frozen=True, kw_only=True):
     """The manifest of a bundle. `model` has to agree with config.json, which is compared."""
 
     format: int
-    sfexport: str
+    sfexport: Text
     digest: Digest
     model: ModelFields
     image: ImageFields
@@ -156,12 +158,12 @@ class BundleFields(_Exact, frozen=True, kw_only=True):
     weights: WeightsFields
     quantization: QuantizationFields | None
     files: dict[Name, FileFields]
-    tools: dict[str, str]
+    tools: dict[Text, Text]
 
 
 class RuntimeFields(_Exact, frozen=True, kw_only=True):
-    name: str
-    version: str
+    name: Text
+    version: Text
 
 
 class BuiltFromFields(_Exact, frozen=True, kw_only=True):
@@ -170,23 +172,28 @@ class BuiltFromFields(_Exact, frozen=True, kw_only=True):
     sha256: Digest
 
 
+class ReadFields(_Exact, frozen=True, kw_only=True):
+    sha256: Digest
+    mtime_ns: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class EngineFields(msgspec.Struct, frozen=True, kw_only=True):
-    """The manifest of engines of any backend; weights_sha256: of each weight file, as the build read it."""
+    """The manifest of engines of any backend; weights_read: each weight file of the bundle, as the build read it."""
 
     format: int
-    sfexport: str
+    sfexport: Text
     digest: Digest
-    backend: str | None
-    target: str
-    machine: str
+    backend: Text | None
+    target: Text
+    machine: Text
     runtime: RuntimeFields
     bundle: BuiltFromFields
     files: dict[Name, FileFields]
-    weights_sha256: dict[Name, Digest]
+    weights_read: dict[Name, ReadFields]
 
 
 class GpuFields(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
+    name: Text
     sm: Count
 
 
@@ -200,9 +207,9 @@ class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
     """What TensorRT's engines have besides."""
 
     gpu: GpuFields
-    plugin: str | None
+    plugin: Text | None
     limits: LimitsFields
-    cuda: dict[str, str | None]
+    cuda: dict[Text, Text | None]
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -234,7 +241,8 @@ def check_fields(content: dict[str, Any], kind: type[_T], directory: Path) -> _T
     try:
         return msgspec.convert(content, kind, strict=True)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-        raise damaged(directory, str(error).replace("`", "'").replace("$.", "")) from None
+        problem = re.sub(r" matching regex '.*'(?= - |$)", " of another form", str(error))
+        raise damaged(directory, problem.replace("`", "'").replace("$.", "")) from None
 
 
 def damaged(directory: Path, problem: str) -> BundleError:

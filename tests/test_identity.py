@@ -136,8 +136,18 @@ def test_change_between_sampled_blocks_is_found_by_a_build(
 def test_build_records_the_digest_of_every_byte(sampling: None, tree: Tree, tmp_path: Path) -> None:
     bundle = export(Checkpoint.open(tree.checkpoint), tmp_path / "bundle", ExportOptions(weights="reference"))
     engines = build(bundle, tmp_path / "engines")
-    for name, digest in engines.content["weights_sha256"].items():
-        assert digest == identity.full_sha256(tree.checkpoint / name)
+    for name, read in engines.content["weights_read"].items():
+        assert read["sha256"] == identity.full_sha256(tree.checkpoint / name)
+
+
+def test_change_between_sampled_blocks_is_found_by_its_time(sampling: None, tree: Tree, tmp_path: Path) -> None:
+    made = make_tree(tree, tmp_path / "here", "reference")
+    ask = ("ask", made.engines, made.clip, "-q", "Why?", "--max-new-tokens", 1)
+    shard = Checkpoint.open(made.checkpoint).tensors[HEAD].shard
+    os.utime(shard, ns=(0, 0))
+    assert sfexport(*ask).exit_code == 0, "the same bytes, downloaded or copied at another time"
+    change_between_blocks(shard)
+    assert_says(refusal(tmp_path, *ask), shard, "is not the one", "build again")
 
 
 def test_sampling_reads_every_tensor(sampling: None, tree: Tree) -> None:

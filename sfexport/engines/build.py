@@ -181,10 +181,10 @@ def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report,
         check_precision(bundle.precision)
     if not force:
         check_weights_fit(bundle, backend)
-    digests = check_weights(bundle, report)
+    weights_read = check_weights(bundle, report)
     if backend == "onnxruntime":
         _build_onnxruntime(bundle, directory, report)
-    return {"target": "cpu", "weights_sha256": digests}
+    return {"target": "cpu", "weights_read": weights_read}
 
 
 def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> None:
@@ -216,8 +216,13 @@ def check_runtime(engines: Engines) -> None:
 
 
 def open_backend(engines: Engines) -> Backend:
-    """Load the backend an engine directory was built for; checks the runtime first."""
+    """Load the backend an engine directory was built for; checks the runtime first, then the weights.
+
+    Raises:
+        BundleError: another runtime or version; weights that have changed since the build.
+    """
     check_runtime(engines)
+    engines.check_weights()
     bundle = engines.bundle
     if engines.content["backend"] == "torch":
         from sfexport.engines.torch_backend import TorchBackend

@@ -90,7 +90,7 @@ def build_tensorrt(
     profiles = resolve_profiles(bundle, limits)
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
-    digests = check_weights(bundle, report)
+    weights_read = check_weights(bundle, report)
     door, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
@@ -108,7 +108,7 @@ def build_tensorrt(
         "target": here.name if here else f"sm{gpu.sm}",
         "gpu": {"name": gpu.name, "sm": gpu.sm},
         "plugin": door,
-        "weights_sha256": digests,
+        "weights_read": weights_read,
         "limits": asdict(limits),
         "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
     }

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -44,8 +44,8 @@ class _Span:
     dtype: str | None = None
 
 
-def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> dict[str, str]:
-    """Read every weight file from end to end; sha256 of each by name.
+def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Read every weight file from end to end; for the engines' manifest: name -> sha256, and the time of the file.
 
     Raises:
         BundleError: a file is not the one that was exported; a graph's weights lie elsewhere.
@@ -63,9 +63,10 @@ def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: N
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for name, spans in tensors.items():
             file = bundle.weights_directory / name
-            found[name] = _check_file(file, sorted(spans.values(), key=lambda s: s.offset), bundle, pool)
-            promised = bundle.weight_digests[name]
-            if promised is not None and promised != found[name]:
+            time = file.stat().st_mtime_ns
+            digest = _check_file(file, sorted(spans.values(), key=lambda s: s.offset), bundle, pool)
+            found[name] = {"sha256": digest, "mtime_ns": time}
+            if bundle.weight_digests[name] not in (None, digest):
                 raise BundleError(
                     f"The weight shard {file} is not the one this bundle was exported from: its sha256 is another.",
                     "Export again.",
