@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 from golden_data import Golden
 from onnx import TensorProto, helper, inliner, shape_inference
+from sessions import model_session
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.graphs import names
@@ -33,9 +34,7 @@ class RoundedGraph:
         model = shape_inference.infer_shapes(inliner.inline_local_functions(model), strict_mode=True)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-        widened = _widen(model).SerializeToString()
-        self._session = onnxruntime.InferenceSession(widened, options, providers=["CPUExecutionProvider"])
+        self._session = model_session(_widen(model), file.parent, options)
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [o.name for o in self._session.get_outputs()]

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 from golden_data import ROOT, Golden, directories, goldens
+from sessions import model_session
 
 from sfexport.checkpoint import Checkpoint
 from sfexport.engines.embedding import EmbeddingTable
@@ -200,10 +201,7 @@ class Graphs:
         model = onnx.load(self.bundle.graph_file(name), load_external_data=False)
         for value in inner:
             model.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
-        options = onnxruntime.SessionOptions()
-        folder = str(self.bundle.weights_directory)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return model_session(model, self.bundle.weights_directory)
 
     @staticmethod
     def run(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

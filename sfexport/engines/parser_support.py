@@ -186,19 +186,37 @@ class _Checker:
         self._gaps.append(Gap(self._name, *place, problem, hint))
 
     def _infer(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """The model with the types of its values, plugins' outputs included."""
+        """The model with the types of its values, plugins' outputs included.
+
+        Nodes that onnx has no definition of are left out meanwhile: its version 1.16 infers nothing after one of them.
+        """
+        unknown = [self._is_unknown(node) for node in model.graph.node]
+        nodes = list(zip(model.graph.node, unknown, strict=True))
+        plugins = [n for n in model.graph.node if _key(n) in self._plugins and n.input]
+        known = onnx.ModelProto()
+        known.CopyFrom(model)
+        del known.graph.node[:]
+        known.graph.node.extend(n for n, left_out in nodes if not left_out)
         while True:
-            model = onnx.shape_inference.infer_shapes(model)
-            scope = Scope(_types(model.graph))
-            plugins = [n for n in model.graph.node if _key(n) in self._plugins and n.input and scope.dtype(n.input[0])]
-            new = {o: scope.types[n.input[0]] for n in plugins for o in n.output if o and not scope.dtype(o)}
+            known = onnx.shape_inference.infer_shapes(known)
+            scope = Scope(_types(known.graph))
+            typed = [n for n in plugins if scope.dtype(n.input[0])]
+            new = {o: scope.types[n.input[0]] for n in typed for o in n.output if o and not scope.dtype(o)}
             if not new:
-                return model
-            kept = [value for value in model.graph.value_info if value.name not in new]
+                break
+            kept = [value for value in known.graph.value_info if value.name not in new]
             # The element type alone: the shape is the plugin's own affair.
             kept += [onnx.helper.make_tensor_value_info(o, t.tensor_type.elem_type, None) for o, t in new.items()]
-            del model.graph.value_info[:]
-            model.graph.value_info.extend(kept)
+            del known.graph.value_info[:]
+            known.graph.value_info.extend(kept)
+        inferred = iter(list(known.graph.node))
+        whole = [n if left_out else next(inferred) for n, left_out in nodes]
+        del known.graph.node[:]
+        known.graph.node.extend(whole)
+        return known
+
+    def _is_unknown(self, node: onnx.NodeProto) -> bool:
+        return node.domain not in _ONNX_DOMAINS and _key(node) not in self._functions
 
     def _check_opset(self) -> None:
         int4 = any(tensor.data_type == onnx.TensorProto.INT4 for tensor in self._initializers.values())

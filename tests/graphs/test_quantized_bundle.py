@@ -261,6 +261,7 @@ def test_the_shipped_model_answers_as_well_in_int4(
     ],
 )
 def test_parity_is_with_the_rounded_weights(kind: str, options: dict, make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="parity compares with PyTorch, which is not installed")
     bundle = make(kind, quantize="int4", **options)
     pipeline = Pipeline.load(build(bundle, tmp_path / "engines", "onnxruntime").path)
     report = run_parity(pipeline, None, frames=8, max_new_tokens=4)
@@ -271,6 +272,7 @@ def test_parity_is_with_the_rounded_weights(kind: str, options: dict, make: Make
 
 
 def test_parity_notices_other_rounded_weights(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="parity compares with PyTorch, which is not installed")
     bundle = make("shipped", quantize="int4")
     pipeline = Pipeline.load(build(bundle, tmp_path / "engines", "onnxruntime").path)
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernel is written in Triton, which is 
 
 
 def run_check(*arguments: str) -> dict:
+    pytest.importorskip("torch", reason="Triton's interpreter computes on PyTorch's tensors")
     command = [sys.executable, "-m", "sfexport.kernels.check", "--json", *arguments]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.stdout, run.stderr
@@ -46,6 +47,7 @@ def test_random_cases_are_within_their_limits():
 
 def test_a_wrong_kernel_is_found():
     """The check can fail: with the slow tokens' share one step short, the error is large."""
+    pytest.importorskip("torch", reason="Triton's interpreter computes on PyTorch's tensors")
     program = (
         "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
         "import inspect, tempfile, importlib.util, sys, json\n"

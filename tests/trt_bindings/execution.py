@@ -26,7 +26,6 @@ NUMPY = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
-FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class HostExecution:
@@ -59,7 +58,7 @@ class HostExecution:
                 assert name == other or not _overlap(used[name], used[other]), f"{name} lies over {other}"
 
     def _session(self, execution: Execution) -> Any:
-        import onnxruntime
+        from sessions import model_session
 
         model = execution.model
         key = model.SerializeToString()
@@ -68,11 +67,8 @@ class HostExecution:
             whole.CopyFrom(model)
             present = {f.name for f in whole.functions}
             whole.functions.extend(body for body in self._bodies if body.name not in present)
-            options = onnxruntime.SessionOptions()
             folder = self._weights or Path(execution.source or ".").parent
-            options.add_session_config_entry(FOLDER, str(folder.resolve()))
-            providers = ["CPUExecutionProvider"]
-            self._sessions[key] = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=providers)
+            self._sessions[key] = model_session(whole, folder)
         return self._sessions[key]
 
 
