@@ -13,6 +13,7 @@ import errno
 import functools
 import glob
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -49,15 +50,17 @@ def new_directory(target: Path, manifest: str | None) -> Iterator[Path]:
     check_output(target, manifest)
     target = target.resolve() if target.name == ".." or target.is_symlink() else target
     made = [parent for parent in target.parents if not parent.exists()]
+    temporary, lock = _sibling(target, _PARTIAL), None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            target.lstat()  # raises for a name that is too long
-        temporary, lock = _new_sibling(target)
-    except OSError as error:
-        _remove_empty(made)
-        raise unwritable(target, error) from None
-    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                target.lstat()  # raises for a name that is too long
+            with _swept(target):
+                temporary.mkdir(mode=0o700)
+                lock = _lock(temporary)
+        except OSError as error:
+            raise unwritable(target, error) from None
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         with _parent_lock(target):
@@ -82,8 +85,11 @@ def new_file(target: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     target = target.resolve() if target.is_symlink() else target
-    temporary, lock = _new_sibling(target, is_file=True)
+    temporary, lock = _sibling(target, _PARTIAL + target.suffix), None
     try:
+        with _swept(target):
+            temporary.touch(mode=0o600, exist_ok=False)
+            lock = _lock(temporary)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
@@ -112,19 +118,19 @@ def is_leftover(name: str, target: str) -> bool:
     return rest != name and (_PARTIAL in rest or rest.endswith(_OLD))
 
 
-def _new_sibling(target: Path, is_file: bool = False) -> tuple[Path, int | None]:
-    """A temporary directory, or a file of the same suffix, beside `target`, and its lock."""
+def _sibling(target: Path, suffix: str) -> Path:
+    """A free name beside `target`, known before anything is made: whatever ends the making can clean up."""
+    return target.with_name(f"{_prefix(target.name)}{secrets.token_hex(6)}{suffix}")
+
+
+@contextlib.contextmanager
+def _swept(target: Path) -> Iterator[None]:
+    """Mend what killed processes left beside `target`; until the end of the block nobody else does."""
     with _parent_lock(target) as locked:
         if locked:
             _sweep_old(target)
         _sweep_partial(target)
-        prefix, suffix = _prefix(target.name), _PARTIAL + (target.suffix if is_file else "")
-        if is_file:
-            handle, name = tempfile.mkstemp(suffix, prefix, target.parent)
-            os.close(handle)
-        else:
-            name = tempfile.mkdtemp(suffix, prefix, target.parent)
-        return Path(name), _lock(Path(name))
+        yield
 
 
 def _prefix(name: str) -> str:
@@ -237,6 +243,15 @@ def _unlock(handle: int | None) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or directory; a signal that arrives meanwhile ends the process afterwards."""
+    try:
+        _remove_once(path)
+    except BaseException:
+        _remove_once(path)
+        raise
+
+
+def _remove_once(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

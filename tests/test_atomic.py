@@ -213,3 +213,48 @@ def test_two_writers_take_turns(way: str, tmp_path: Path) -> None:
         assert (writer.communicate()[1], writer.returncode) == ("", 0)
     assert (tmp_path / "made" / "text").read_text() in "01"
     assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+ENDED_EVERYWHERE = """
+import os, signal, sys
+from pathlib import Path
+from sfexport.atomic import new_directory
+
+def end(number, frame):
+    raise SystemExit(number)
+
+signal.signal(signal.SIGTERM, end)
+state = {"count": 0, "at": 0}
+
+def watch(event, arguments):
+    if state["at"] and event.split(".")[0] in ("os", "open", "shutil", "tempfile"):
+        state["count"] += 1
+        if state["count"] == state["at"]:
+            state["at"] = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.addaudithook(watch)
+room, ended = Path(sys.argv[1]), 0
+for at in range(1, 1000):
+    state.update(count=0, at=at)
+    try:
+        with new_directory(room / "out", "sfexport.json") as directory:
+            (directory / "part").mkdir()
+            raise LookupError
+    except SystemExit:
+        ended += 1
+    except LookupError:
+        if state["at"]:
+            break
+    finally:
+        reached, state["at"] = state["at"], 0
+    assert not os.listdir(room), (at, os.listdir(room))
+print(ended)
+"""
+
+
+def test_termination_at_any_operation_leaves_nothing(tmp_path: Path) -> None:
+    """The signal comes at the first, second, ... operation on the file system, until one run ends without it."""
+    done = subprocess.run([sys.executable, "-c", ENDED_EVERYWHERE, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10

@@ -5,7 +5,6 @@ Imports the standard library and sfexport.errors only.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -121,7 +120,7 @@ def spool_standard_input() -> Path:
 def check_rate(fps: float | None) -> None:
     """Raises InputError for a rate that is neither None nor a positive number."""
     is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
-    if fps is not None and not (is_number and 0 < fps < math.inf):
+    if fps is not None and not (is_number and 0 < fps <= sys.float_info.max):
         raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.", "Pass fps=25.")
 
 

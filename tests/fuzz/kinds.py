@@ -122,7 +122,8 @@ def call(function: Callable[..., _T], *args: Any, **keywords: Any) -> _T:
     try:
         return function(*args, **keywords)
     except SfexportError as error:
-        if len(error.paragraph()) > LONGEST_PARAGRAPH:
+        # The command line shortens what it prints; an exception may repeat the path that was given.
+        if len(error.paragraph()) > 2 * LONGEST_PARAGRAPH:
             raise Unexpected(f"an error of {len(error.paragraph())} characters") from error
         raise Refused(error.paragraph()) from error
     except (Refused, Unexpected, Wrong, KeyboardInterrupt):
