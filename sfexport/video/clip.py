@@ -14,7 +14,7 @@ import numpy as np
 
 from sfexport.errors import VideoError
 from sfexport.video.containers import CONVERT_HINT, PICTURES, explained, times_are_usable
-from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost
+from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost, stands_alone
 from sfexport.video.files import VideoInfo
 from sfexport.video.rgb import RgbConverter, stored_orientation
 from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline
@@ -135,7 +135,7 @@ class Clip:
         for number, frame in self._numbered(self._decoder.from_seek_point(point, self._timeline)):
             if number < point.frame:
                 continue
-            if frame.is_corrupt or (number == point.frame and not _stands_alone(frame)):
+            if frame.is_corrupt or (number == point.frame and not stands_alone(frame)):
                 raise Lost
             yield number, frame
 
@@ -193,12 +193,6 @@ class Clip:
             return ""
         ticks = int(timeline.stamps[index] - timeline.stamps[0])
         return f" about {float(ticks * self._decoder.stream.time_base):.1f} seconds in"
-
-
-def _stands_alone(frame: av.VideoFrame) -> bool:
-    """Decoders that do not tell types apart mark their key frames at least."""
-    kind = int(frame.pict_type)
-    return kind == int(av.video.frame.PictureType.I) or (not kind and frame.key_frame)
 
 
 def _failing(error: VideoError) -> Iterator[Decoded]:

@@ -44,7 +44,7 @@ NOT_CODED_VOP_SIZE = 10  # bytes; MPEG-4 marks a repeated frame by so small a pa
 # Their decoders cover damage up with what lies in memory or came before; told to, they report it.
 TELLING_CODECS = (
     *("mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "msmpeg4v3", "h263", "h263i"),
-    *("h263p", "flv", "flv1", "wmv1", "wmv2", "ffv1", "png", "apng"),
+    *("h264", "h263p", "flv", "flv1", "wmv1", "wmv2", "ffv1", "png", "apng"),
 )
 MPEG4_CODECS = ("mpeg4", "msmpeg4v3", "msmpeg4", "msmpeg4v2")
 

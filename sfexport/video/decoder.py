@@ -67,11 +67,13 @@ class Decoder:
     def from_start(self) -> Iterator[Decoded]:
         """All frames. A recording cut out of a broadcast begins with packets that refer to nothing: left out.
 
+        Where packets at the beginning cannot be decoded, frames begin with the next one that refers to none before it.
+
         Raises:
             VideoError: when damage is reached.
         """
         self.rewind()
-        has_begun = False
+        has_begun, failed = False, -1
         numbered = enumerate(packets(self.container, self.stream))
         for ordinal, packet in chain(numbered, ((None, None),)):
             if not self.first_payload and packet is not None:
@@ -82,11 +84,14 @@ class Decoder:
             except av.error.FFmpegError as error:
                 if has_begun:
                     raise self._damaged(time) from error
+                failed = self.fed
                 continue
             for frame in frames:
                 if frame.is_corrupt:  # what it refers to is missing
                     if has_begun:
                         raise self._damaged(time)
+                    continue
+                if not has_begun and failed >= 0 and not (frame.pts > failed and stands_alone(frame)):
                     continue
                 has_begun = True
                 yield frame.pts, frame
@@ -164,6 +169,12 @@ class Decoder:
         except BaseException:
             self.close()
             raise
+
+
+def stands_alone(frame: av.VideoFrame) -> bool:
+    """Whether it refers to no other. Decoders that do not tell types apart mark their key frames at least."""
+    kind = int(frame.pict_type)
+    return kind == int(av.video.frame.PictureType.I) or (not kind and frame.key_frame)
 
 
 def _identity(packet: av.Packet, timeline: Timeline) -> int:
