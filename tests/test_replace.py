@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,31 @@ def test_demo_keeps_what_the_user_put_beside_it(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "notes.txt").write_text("mine")
     assert_says(refusal(tmp_path, "demo", "-o", tmp_path / "demo"), "notes.txt")
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can become longer than a few kilobytes: what is written first fits, the rest does not."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("verb", ["export", "int4", "build", "demo"])
+def test_full_disk_leaves_what_was_there(verb: str, tree_copy: Tree) -> None:
+    command: dict[str, tuple[object, ...]] = {
+        "export": ("export", tree_copy.checkpoint, "-o", tree_copy.bundle, "--weights", "copy"),
+        "int4": ("export", tree_copy.checkpoint, "-o", tree_copy.bundle, "--quantize", "int4"),
+        "build": ("build", tree_copy.bundle, "-o", tree_copy.engines),
+        "demo": ("demo", "-o", tree_copy.root / "demo"),
+    }
+    with full_disk():
+        paragraph = refusal(tree_copy.root, *command[verb], after_steps=True)
+    assert_says(paragraph, "cannot be written", "File too large")
 
 
 def test_trees_made_by_an_earlier_version_are_replaced(tree_copy: Tree) -> None:

@@ -86,11 +86,7 @@ def _is_leftover(name: str) -> bool:
 
 def _make_inputs(paths: DemoPaths) -> None:
     """The shipped checkpoint and a clip, unless an earlier run left them."""
-    try:
-        paths.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{paths.root} cannot be written: {error.strerror}.", "Choose another with -o.") from None
-    for draft in paths.root.iterdir():
+    for draft in paths.root.iterdir() if paths.root.is_dir() else ():
         if _OLD_DRAFT.fullmatch(draft.name):
             draft.unlink(missing_ok=True)
     if _is_incomplete(paths.checkpoint):
