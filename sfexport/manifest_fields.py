@@ -34,6 +34,13 @@ class _Exact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class FileFields(_Exact, frozen=True, kw_only=True):
+    """A file of a bundle that is no weight file: ONNX graphs, the largest, have less than 2 GiB."""
+
+    size: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    sha256: Digest
+
+
+class EngineFileFields(_Exact, frozen=True, kw_only=True):
     size: Size
     sha256: Digest
 
@@ -188,7 +195,7 @@ class EngineFields(msgspec.Struct, frozen=True, kw_only=True):
     machine: Text
     runtime: RuntimeFields
     bundle: BuiltFromFields
-    files: dict[Name, FileFields]
+    files: dict[Name, EngineFileFields]
     weights_read: dict[Name, ReadFields]
 
 

@@ -100,6 +100,15 @@ def test_pipe_in_the_place_of_a_file_is_refused(tree_copy: Tree) -> None:
     assert sfexport("inspect", tree_copy.engines).exit_code == 2
 
 
+def test_listed_file_of_many_gigabytes_is_not_read(tree_copy: Tree) -> None:
+    size = 20 << 30
+    os.truncate(tree_copy.bundle / "tokenizer.json", size)
+    edit_json(tree_copy.bundle / "sfexport.json", lambda c: c["files"]["tokenizer.json"].update(size=size))
+    result = sfexport("inspect", tree_copy.bundle)
+    assert result.exit_code == 2
+    assert_says(result.stderr, "damaged", "files")
+
+
 # Graphs.
 
 
