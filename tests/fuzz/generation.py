@@ -119,6 +119,13 @@ def _stops(case: Case, found: Reading) -> None:
         raise Wrong("did not end at the first token")
 
 
+def _as_greedy(case: Case, found: Reading) -> None:
+    if found.ids != whole(case.base).ids:
+        raise Wrong(f"sampled among one token, the answer is {found.ids}, not {whole(case.base).ids}")
+
+
+# Sampling at a temperature that makes all tokens as likely, among one token alone.
+HOT = {"do_sample": True, "temperature": 50.0}
 # What a greedy answer has to be where the field is applied; FIRST stands for the undamaged answer's first token.
 FIRST = "first"
 GREEDY: dict[str, tuple[dict[str, Any], Callable[[Case, Reading], None]]] = {
@@ -134,6 +141,10 @@ GREEDY: dict[str, tuple[dict[str, Any], Callable[[Case, Reading], None]]] = {
     "the first token ends": ({"eos_token_id": [FIRST]}, _stops),
     "the first token ends, as a number": ({"eos_token_id": FIRST}, _stops),
     "a second token forced, as transformers has it behind embeddings": ({"forced_bos_token_id": 5}, _second_is_5),
+    "sampled among one token by top_k": (HOT | {"top_k": 1}, _as_greedy),
+    "sampled among one token by top_p": (HOT | {"top_p": 1e-9}, _as_greedy),
+    "sampled among one token by min_p": (HOT | {"min_p": 1.0}, _as_greedy),
+    "sampled among one token by epsilon_cutoff": (HOT | {"epsilon_cutoff": 0.9}, _as_greedy),
 }
 
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.base import BUNDLE, CHECKPOINT, ENGINES, copy, expect_same, read
-from fuzz.kinds import Case, Expect, Kind, Refused, Unexpected, Wrong, check_exit, command
+from fuzz.kinds import Case, Expect, Kind, Refused, Unexpected, Wrong, call, check_exit, command
+from sfexport.video.decoding import Video
 
 REFUSED, ANSWERED, EITHER = Expect.REFUSED, Expect.ANSWERED, Expect.EITHER
+TOO_LATE = "it had ended before the signal"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP, "SIGINT": signal.SIGINT}
 PRELOADED = ["sfexport.cli", "sfexport.graphs.bundle", "sfexport.engines.build", "sfexport.qa.pipeline", "fuzz.kills"]
 # Audit events that change or read the disk: the moments at which a kill can show.
@@ -108,7 +110,7 @@ def _whole_run(case: Case, verb: str) -> tuple[int, float]:
     return int(events), float(seconds)
 
 
-def _killed(case: Case, verb: str, signal_name: str, replacing: bool, timed: bool) -> None:
+def _killed(case: Case, verb: str, signal_name: str, replacing: bool, timed: bool) -> str | None:
     target = case.room / "target"
     events, seconds = _whole_run(case, verb)
     if replacing:
@@ -130,10 +132,11 @@ def _killed(case: Case, verb: str, signal_name: str, replacing: bool, timed: boo
     try:
         _run_again(case, verb, target)
     except Refused as refusal:
-        raise Unexpected(f"the next run {where}: {refusal}") from refusal
+        raise Wrong(f"the next run is refused {where}: {refusal}") from refusal
     _check_whole(case, verb, target, True, f"the run {where}")
     if left := _strangers(case.room, names | {"target", "target-bundle"}):
         raise Wrong(f"left behind by the run {where}: {left}")
+    return None if process.exitcode else TOO_LATE
 
 
 def _run_again(case: Case, verb: str, target: Path) -> None:
@@ -144,8 +147,14 @@ def _run_again(case: Case, verb: str, target: Path) -> None:
 
 
 def _check_whole(case: Case, verb: str, target: Path, must_be_there: bool, where: str) -> None:
-    """Raises Wrong for a half-written target, or one that is gone."""
+    """Raises Wrong for a half-written target, or one that is gone. A demo's parts appear one after the other."""
     if verb == "demo":
+        parts = [target / "checkpoint", target / "bundle", *target.glob("engines/[!.]*")]
+        for part in parts:
+            _check_whole(case, "part of a demo", part, False, where)
+        if (target / "clip.mp4").exists():
+            with call(Video.open, target / "clip.mp4") as video:
+                list(video.frames([video.info.frame_count - 1]))
         return
     if not target.exists():
         if must_be_there:
@@ -155,6 +164,9 @@ def _check_whole(case: Case, verb: str, target: Path, must_be_there: bool, where
         command("inspect", target)
     except Refused as refusal:
         raise Wrong(f"the target is damaged {where}: {refusal}") from refusal
+    manifest = "sfexport.json" if "export" in verb else "engine.json" if "build" in verb else None
+    if manifest and not (target / manifest).is_file():  # what is copied first reads as a checkpoint
+        raise Wrong(f"the target has no {manifest} {where}")
 
 
 def _strangers(room: Path, known: set[str]) -> list[str]:

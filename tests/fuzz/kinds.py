@@ -67,7 +67,7 @@ class Kind:
 
     Attributes:
         group: the table it belongs to.
-        act: does it. Returns None if what came out is right; raises Refused, Unexpected or Wrong.
+        act: does it. Returns if what came out is right, with a remark or None; raises Refused, Unexpected or Wrong.
         cases: how many variants there are; a drawn kind has as many as wanted.
         drawn: each case draws its damage from the case's generator.
         needs_torch: the independent reading is PyTorch's.
@@ -77,7 +77,7 @@ class Kind:
 
     name: str
     group: str
-    act: Callable[[Case], None]
+    act: Callable[[Case], str | None]
     expect: Expect = Expect.EITHER
     cases: int = 1
     drawn: bool = False

@@ -223,6 +223,36 @@ def _by_python(case: Case, door: str, value: Any) -> None:
             raise Wrong(f"{len(found.ids)} tokens")
 
 
+# Each leaves one token to sample among, at a temperature that makes all tokens as likely.
+ONE_TOKEN: dict[str, float] = {"top_k": 1, "top_p": 1e-9}
+HOT = 50.0
+
+
+def _sampling_kinds() -> Iterator[Kind]:
+    for name, value in ONE_TOKEN.items():
+        for door, act in (("Python", _sampled_by_python), ("command line", _sampled_by_command)):
+            text = f"{door}, sampled among one token by {name}"
+            yield Kind(text, "options", partial(act, name=name, value=value), ANSWERED)
+
+
+def _sampled_by_python(case: Case, name: str, value: float) -> None:
+    found = read(case.base / ENGINES, temperature=HOT, **{name: value})
+    if found.ids != whole(case.base).ids:
+        raise Wrong(f"{found.ids}, not the greedy {whole(case.base).ids}")
+
+
+def _sampled_by_command(case: Case, name: str, value: float) -> None:
+    options = ("--temperature", HOT, f"--{name.replace('_', '-')}", value)
+    found, greedy = (_asked(case, "--max-new-tokens", 8, *more) for more in (options, ()))
+    if found != greedy:
+        raise Wrong(f"{found}, not the greedy {greedy}")
+
+
+def _asked(case: Case, *options: object) -> list[int]:
+    """The answer's token ids."""
+    return json.loads(command("ask", *FIXED["ask"](case), *options))["questions"][0]["ids"]
+
+
 def _path_kinds() -> Iterator[Kind]:
     for name, value in {"None": None, "a number": 5, "bytes": b"engines", "a list": [], "a NUL": "a\0b"}.items():
         for door, function in (("load", sfexport.load), ("Checkpoint.open", Checkpoint.open)):
@@ -234,4 +264,4 @@ def _open(case: Case, function: Callable[[Any], Any], value: Any) -> None:
     call(function, value)
 
 
-KINDS = [*_command_kinds(), *_python_kinds(), *_path_kinds()]
+KINDS = [*_command_kinds(), *_python_kinds(), *_sampling_kinds(), *_path_kinds()]

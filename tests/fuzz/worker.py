@@ -27,7 +27,7 @@ CPU_SECONDS = 20.0  # more for one case counts as hanging
 def judge(kind: Kind, case: Case) -> tuple[str, str]:
     """(verdict, detail); verdicts: refused, right, unexpected, wrong."""
     try:
-        kind.act(case)
+        remark = kind.act(case)
     except Refused as refusal:
         if kind.expect is Expect.ANSWERED:
             return "unexpected", f"refused what is right: {refusal}"
@@ -40,7 +40,7 @@ def judge(kind: Kind, case: Case) -> tuple[str, str]:
         return "unexpected", "in the campaign itself: " + traceback.format_exc(limit=-4)
     if kind.expect is Expect.REFUSED:
         return "wrong", "accepted"
-    return "right", ""
+    return "right", remark or ""
 
 
 def run(kind: Kind, number: int, seed: int, base: Path) -> dict[str, str]:
