@@ -124,8 +124,13 @@ def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
         kind = value.type.tensor_type
         dims = [d.dim_value if d.HasField("dim_value") else unknown for d in kind.shape.dim]
         if value.name not in folded:
-            out[value.name] = math.prod(dims) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+            out[value.name] = math.prod(dims) * _item_size(kind.elem_type)
     return out
+
+
+def _item_size(dtype: int) -> int:
+    # onnx 1.16 has float32 stand for bfloat16, which NumPy does not know.
+    return 2 if dtype == onnx.TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize
 
 
 def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:

@@ -246,6 +246,8 @@ def byte_size(tensor: Any) -> int:
 
     import onnx
 
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    bits = 4 if onnx.TensorProto.DataType.Name(tensor.data_type) in ("INT4", "UINT4") else dtype.itemsize * 8
+    # onnx 1.16 has NumPy types of other sizes stand for these.
+    own = {"BFLOAT16": 16, "INT4": 4, "UINT4": 4}
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    bits = own.get(name) or onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
     return math.ceil(math.prod(tensor.dims) * bits / 8)
