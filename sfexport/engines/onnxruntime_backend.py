@@ -85,6 +85,8 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
         # An INT8 head has one scale per output, which its product repeats for every block: of 32 inputs if not told.
         options.add_session_config_entry(_BLOCK_SIZE, "128")
         return ort.InferenceSession(graph.read_bytes(), options, providers=providers())
+    except SfexportError:
+        raise
     except Exception as error:  # its exceptions share no base class
         raise SfexportError(f"ONNX Runtime cannot load {graph}: {_first_line(error)}") from error
 
@@ -92,10 +94,15 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
 def _open_beside_links(ort: Any, graph: Path, weights: Path) -> Any:
     """For ONNX Runtime 1.20, which ignores the folder option and still follows links: both in one directory."""
     with TemporaryDirectory() as folder:
-        for file in weights.iterdir():
-            if file.name != graph.name:
-                (Path(folder) / file.name).symlink_to(file)
-        return ort.InferenceSession(shutil.copy(graph, folder), providers=providers())
+        try:
+            for file in weights.iterdir():
+                if file.name != graph.name:
+                    (Path(folder) / file.name).symlink_to(file)
+            copied = shutil.copy(graph, folder)
+        except OSError as error:
+            problem = f"The temporary directory {folder} cannot be written: {error.strerror or error}."
+            raise InputError(problem, "Name another in the environment variable TMPDIR.") from None
+        return ort.InferenceSession(copied, providers=providers())
 
 
 def _float32(value: Any) -> np.ndarray:

@@ -133,7 +133,10 @@ def prepare(stream: av.VideoStream, path: Path) -> av.VideoStream:
     if not codec.is_open:
         strict = {"err_detect": "crccheck+explode"} if codec.name in TELLING_CODECS else {}
         codec.options = {**codec.options, **strict, "max_pixels": str(MAX_PIXELS)}
-        codec.thread_type = "AUTO"
+        if codec.name in ("mpeg1video", "mpeg2video", "ffv1"):
+            codec.thread_count = 1  # threads with a slice each do not report damage
+        else:
+            codec.thread_type = "AUTO"
     return stream
 
 
@@ -163,7 +166,15 @@ def packet_facts(packet: av.Packet, codec: str) -> PacketFacts:
     is_shown = not (packet.is_discard or is_hidden)
     duration = packet.duration or 0
     return PacketFacts(
-        packet.pts, packet.dts, duration, packet.is_keyframe, is_shown, packet.pos, content(packet), packet.size
+        packet.pts,
+        packet.dts,
+        duration,
+        packet.is_keyframe,
+        is_shown,
+        packet.pos,
+        content(packet),
+        packet.size,
+        packet.is_corrupt,
     )
 
 

@@ -5,18 +5,21 @@ Imports av, sfexport.errors and its neighbours.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import av
 import av.error
+import av.logging
 
 from sfexport.errors import VideoError
 from sfexport.video.containers import content, open_container, packet_facts, packets, prepare, video_streams
 from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline, identity
 
 REPAIR_HINT = "Get a whole copy, or leave out what is damaged: ffmpeg -i INPUT OUTPUT.mp4"
+_INVALID_DATA = next(code for code, kind in av.error.classes.items() if kind is av.error.InvalidDataError)
 Decoded = tuple["int | None", av.VideoFrame]  # the ordinal of the packet that it is made of, and the frame
 
 
@@ -113,7 +116,8 @@ class Decoder:
         """`packet` None makes the decoder give what it holds back."""
         if packet is not None:
             packet.pts, packet.dts, self.fed = ordinal, None, ordinal
-        frames = self.stream.decode(packet)
+        with _damage_raised() if self.stream.codec_context.name == "ffv1" else contextlib.nullcontext():
+            frames = self.stream.decode(packet)
         self.frames_decoded += len(frames)
         return frames
 
@@ -169,6 +173,23 @@ class Decoder:
         except BaseException:
             self.close()
             raise
+
+
+@contextlib.contextmanager
+def _damage_raised() -> Iterator[None]:
+    """Raise InvalidDataError where a decoder logs an error and goes on.
+
+    FFV1's says of a wrong checksum in its log only, and fills the slice with what lies in memory.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture(local=True) as lines:
+            yield
+    finally:
+        av.logging.set_level(level)
+    if lines:
+        raise av.error.InvalidDataError(_INVALID_DATA, lines[0][2].strip())
 
 
 def stands_alone(frame: av.VideoFrame) -> bool:

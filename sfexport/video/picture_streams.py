@@ -18,6 +18,7 @@ from PIL import Image
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 PNG_START = b"\x89PNG\r\n\x1a\n"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"mif2", b"miaf")
+STREAM_SUFFIXES = (".mjpeg", ".mjpg")  # never of one picture: what follows the first may be damaged
 PADDING = 1 << 16  # bytes that may lie between two images
 HEAD = 1 << 20  # bytes in which a HEIF file lists its items
 
@@ -31,22 +32,23 @@ def format_of_stream(path: Path, image: Image.Image) -> str | None:
     if reader is None:
         return None
     end_of, start, name = reader
+    by_name = name if path.suffix.lower() in STREAM_SUFFIXES else None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             end = end_of(data, image)
         except (IndexError, struct.error):
-            return None
+            return by_name
         if end is None or end >= len(data):
-            return None
+            return by_name
         padding = data[end : end + PADDING]
         end += len(padding) - len(padding.lstrip(b"\0\n\r"))
         if data[end : end + len(start)] != start:
-            return None
+            return by_name
         try:
             with Image.open(io.BytesIO(data[end:]), formats=(image.format,)) as second:
                 is_same = second.size == image.size
         except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
-            return None
+            return by_name
     if name == "":
         name = {"1": "pbm_pipe", "L": "pgm_pipe", "I": "pgm_pipe"}.get(image.mode[:1], "ppm_pipe")
     return name if is_same else None

@@ -22,6 +22,7 @@ class PacketFacts:
         place: bytes from the file's start, where the container says.
         content: a hash of size and content.
         size: bytes.
+        is_corrupt: the container says that something was lost or changed here.
     """
 
     pts: int | None
@@ -32,6 +33,7 @@ class PacketFacts:
     place: int | None = None
     content: int = 0
     size: int = 0
+    is_corrupt: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,12 @@ def _identities(packets: Sequence[PacketFacts]) -> tuple[np.ndarray, bool]:
 
 
 def _seek_points(packets: Sequence[PacketFacts], identities: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Key packets that have a time, make a frame and are like no other, as far as their frames ascend with them."""
+    """Key packets that have a time, make a frame and are like no other, as far as their frames ascend with them.
+
+    None in a recording with losses: how a decoder covers them up depends on where it began.
+    """
+    if any(packet.is_corrupt for packet in packets):
+        return np.empty((0, 4), np.int64)
     frame_of = {int(ordinal): frame for frame, ordinal in enumerate(order)}
     names = identities.tolist()
     alike = Counter(names)

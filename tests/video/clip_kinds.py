@@ -284,6 +284,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "dirty.mpg": partial(dirtied, at=0.5, size=200, codec="mpeg2video"),
     "dirty_mpeg4.avi": partial(dirtied, at=0.5, size=200, codec="mpeg4"),
     "dirty_mjpeg.avi": partial(dirtied, at=0.5, size=200, codec="mjpeg", pix_fmt="yuvj420p"),
+    "dirty_ffv1.mkv": partial(dirtied, at=0.5, size=200, codec="ffv1"),
+    "dirty.mjpeg": partial(dirtied, at=0.1, size=200, codec="mjpeg", pix_fmt="yuvj420p"),
     "dirty_vp9.webm": partial(dirtied, at=0.5, size=50, codec="libvpx-vp9"),
     "lost.ts": lost,
     "lost_mpeg2.ts": partial(lost, codec="mpeg2video", b_frames=2),
