@@ -5,6 +5,7 @@ May import sfexport.errors only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -44,6 +45,8 @@ def check_output(target: Path, manifest: str | None) -> None:
             _check_ours(target, manifest, sorted(entries, key=lambda entry: entry.name))
     except OSError as error:
         raise unwritable(target, error) from None
+    except RuntimeError:  # links in a circle, before Python 3.13
+        raise unwritable(target, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
 
 
 def unwritable(target: Path, error: OSError) -> InputError:

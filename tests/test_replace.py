@@ -118,6 +118,14 @@ def test_demo_keeps_what_the_user_put_beside_it(tmp_path: Path) -> None:
     assert_says(refusal(tmp_path, "demo", "-o", tmp_path / "demo"), "notes.txt")
 
 
+@pytest.mark.parametrize("verb", ["export", "build", "demo"])
+@pytest.mark.parametrize("name", ["loop", "loop/out"])
+def test_link_to_itself_is_refused(verb: str, name: str, tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    source = {"export": [tree.checkpoint], "build": [tree.bundle], "demo": []}[verb]
+    assert_says(refusal(tmp_path, verb, *source, "-o", tmp_path / name, after_steps=True), "loop", "-o")
+
+
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """No file can become longer than a few kilobytes: what is written first fits, the rest does not."""
