@@ -117,8 +117,7 @@ def test_compared_sizes_never_read_the_same() -> None:
 def test_closed_terminal_ends_a_verb_as_sigterm_does(ignored: bool, tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
-if {ignored}:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
 import sfexport.inspection
 def inspect(path):
     try:
