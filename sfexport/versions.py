@@ -26,6 +26,7 @@ FIRST_AOT_PLUGINS: Version = (10, 9)
 FIRST_AOT_WITH_NEW_NUMPY: Version = (11, 0)
 NEW_NUMPY: Version = (2, 4)
 FIRST_MAPPED_WEIGHTS: Version = (10, 13)  # TensorRT's parser reads weights where they lie in the file
+FIRST_ANY_METADATA: Version = (19, 0)  # earlier PyAV must be told what to do with metadata that is not UTF-8
 FIRST_WEIGHTS_FOLDER: Version = (1, 21)  # ONNX Runtime heeds the folder that external data is said to lie in
 
 

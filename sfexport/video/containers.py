@@ -16,6 +16,7 @@ import av
 import av.error
 
 from sfexport.errors import VideoError
+from sfexport.versions import FIRST_ANY_METADATA, is_older
 from sfexport.video.timeline import PacketFacts
 
 KINDS_HINT = "MP4, MOV, MKV, WebM, AVI and MPEG files work, and PNG, JPEG, WebP and BMP pictures."
@@ -40,6 +41,8 @@ SOUNDS = "wav,w64,mp3,flac,aac,ac3,eac3,dts,aiff,au,caf,amr,ape,wv,tta"
 PLAYLISTS = {b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files (ffconcat)", b"v=0": "a session description"}
 PLAYLIST_ROOTS = {b"<MPD": "a DASH manifest", b"<SmoothStreamingMedia": "a Smooth Streaming manifest"}
 MAX_PIXELS = 178_956_970  # of a frame; where Pillow sees an attack, too
+# Titles and the like that are not UTF-8 must not keep a clip from being opened.
+_METADATA = {"metadata_errors": "replace"} if is_older(av.__version__, FIRST_ANY_METADATA) else {}
 NOT_CODED_VOP_SIZE = 10  # bytes; MPEG-4 marks a repeated frame by so small a packet, and decoders give nothing for it
 # Their decoders cover damage up with what lies in memory or came before; told to, they report it.
 TELLING_CODECS = (
@@ -81,7 +84,7 @@ def open_container(path: Path, shown: Path, shape: str | None = None) -> av.cont
     # Absolute, so that no part of a name is taken for a protocol.
     options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES},{SOUNDS}"}
     try:
-        return av.open(os.path.abspath(path), format=shape, metadata_errors="replace", container_options=options)
+        return av.open(os.path.abspath(path), format=shape, container_options=options, **_METADATA)
     except av.error.ArgumentError as error:
         # What FFmpeg answers for a format that is not listed.
         raise VideoError(f"'{shown}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
