@@ -8,6 +8,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Part of each stamp's name: another Python makes the environment anew.
 VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 READY := .ready-$(VERSION)
+# A file of tests stays with one of two workers: what its fixtures make is made once.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest test-oldest-base test-newest test-newest-base fuzz lock lint format clean
 
@@ -15,7 +17,7 @@ demo: .venv-demo/$(READY)
 	.venv-demo/bin/sfexport demo
 
 test: .venv/$(READY)
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q $(PARALLEL)
 
 # Hostile input, damage and kills in large: FUZZ='--seed 7 --minutes 20' for other ones.
 fuzz: .venv/$(READY)
@@ -23,22 +25,22 @@ fuzz: .venv/$(READY)
 
 # The lowest versions that pyproject.toml allows: first without PyTorch, then with it, whose packages want newer ones.
 test-oldest: test-oldest-base .venv-oldest/$(READY)
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -q $(PARALLEL)
 
 test-oldest-base: .venv-oldest-base/$(READY)
-	.venv-oldest-base/bin/python -m pytest
+	.venv-oldest-base/bin/python -m pytest -q $(PARALLEL)
 
 # The newest versions that pyproject.toml allows and the registry has today: never locked, installed anew each time.
 # TORCH=torch takes the newest PyTorch too.
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet $(TORCH) --editable '.[torch,dev]'
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest -q $(PARALLEL)
 
 test-newest-base:
 	$(PYTHON) -m venv --clear .venv-newest-base
 	.venv-newest-base/bin/python -m pip install --quiet --editable '.[test]'
-	.venv-newest-base/bin/python -m pytest
+	.venv-newest-base/bin/python -m pytest -q $(PARALLEL)
 
 # PyTorch is in no lock: which of its builds is right depends on the machine. What it needs is.
 define install

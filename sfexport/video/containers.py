@@ -27,7 +27,7 @@ RECORDINGS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,mxf,nut,ivf,dv,"
     "rm,wtv,gxf,nsv,nuv,swf,av1,obu,h264,hevc,vvc,evc,m4v,h261,h263,vc1,vc1test,dirac,cavsvideo,avs2,avs3,apv,dnxhd,"
     "mjpeg,mjpeg_2000,mpjpeg,smjpeg,gif,apng,yuv4mpegpipe,flic,roq,bink,smk,thp,4xm,film_cpk,ivr,pva,dxa,ffm,amv,"
-    "cine,rpl,vmd,mv,r3d,ser,ty,wc3movie,xmv,filmstrip,jpegxl_anim,webp_anim,lvf,dhav"
+    "cine,rpl,vmd,mv,r3d,ser,ty,wc3movie,xmv,filmstrip,jpegxl_anim,lvf,dhav"
 )
 PICTURES = (
     "png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,ppm_pipe,pgm_pipe,pgmyuv_pipe,pbm_pipe,pam_pipe,pcx_pipe,"
