@@ -231,7 +231,7 @@ def test_cpu_memory_is_what_a_run_takes(tree: Any, tmp_path: Path, precision: st
     bundle = export(Checkpoint.open(tree.checkpoint), tmp_path / "bundle", ExportOptions(precision=precision))
     engines = build(bundle, tmp_path / "engines", "onnxruntime")
     command = [sys.executable, str(BENCHMARKS / "plan_memory.py"), "--child", "answer", engines.path, tree.clip, "16"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert planned[precision] == pytest.approx(json.loads(done.stdout.splitlines()[-1])["peak"], rel=0.15)
 

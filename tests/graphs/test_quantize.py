@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sfexport.graphs.quantize import (
@@ -45,6 +45,7 @@ def exact_error(weights: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> n
 @given(matrices(), st.sampled_from(list(ARRAYS)))
 def test_the_search_is_never_worse_than_plain_rounding(case: tuple[np.ndarray, int], stored: str) -> None:
     weights, block = case
+    assume(stored != "F16" or np.abs(weights).max() / 7 < 65504)  # larger scales are refused
     rounded = round_to_int4(weights, block, stored)
     assert rounded.codes.min() >= -8 and rounded.codes.max() <= 7
     assert (rounded.scales > 0).all(), "TensorRT takes no other"
