@@ -10,6 +10,8 @@ VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 READY := .ready-$(VERSION)
 # A file of tests stays with one of two workers: what its fixtures make is made once.
 PARALLEL := -n 2 --dist loadfile
+# Threads of NumPy and PyTorch wait actively: with two in each worker, the suite takes a third longer on two cores.
+test test-oldest test-oldest-base test-newest test-newest-base: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-oldest test-oldest-base test-newest test-newest-base fuzz lock lint format clean
 

@@ -84,7 +84,7 @@ def swept_cases() -> Iterator[Case]:
             for i, (slow, by_sample) in enumerate(lengths.values()):
                 yield Case(2, 1, 7, 1 + 32 * (i % 2), slow, by_sample, d, "mixed", dtype, 87, 132, 2.0, i)
         for mask in MASKS:
-            yield Case(1, 2, 7, 70, 300, (300,), 64, mask, dtype, 90, 132, 1.0, 5)
+            yield Case(1, 2, 7, 30, 260, (260,), 64, mask, dtype, 90, 132, 1.0, 5)
 
 
 def make_tensors(case: Case) -> Tensors:
