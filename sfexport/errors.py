@@ -44,15 +44,35 @@ class VideoError(InputError):
 
 
 class MissingDependency(SfexportError):
-    """An optional library is needed for this command and is not installed, or too old.
+    """An optional library is needed for this command and is not installed, too old, or does not load.
 
     Args:
         found, oldest: the version that is installed and too old, and the oldest that is not.
+        failure: what importing it raised.
     """
 
-    def __init__(self, library: str, purpose: str, install: str, found: str = "", oldest: str = "") -> None:
+    def __init__(
+        self,
+        library: str,
+        purpose: str,
+        install: str,
+        found: str = "",
+        oldest: str = "",
+        failure: Exception | None = None,
+    ) -> None:
+        hint = f"Install it: {install}"
         if found:
             needs = f"the library '{library}' {oldest} or later; {found} is installed"
-        else:
+        elif failure is None or _is_absence(failure):
             needs = f"the library '{library}', which is not installed"
-        super().__init__(f"{purpose} needs {needs}.", f"Install it: {install}")
+        else:
+            needs = f"the library '{library}', which does not load ({type(failure).__name__}: {failure})"
+            hint = (
+                f"It, or a library that the error names, is damaged or of another version. Install it again: {install}"
+            )
+        super().__init__(f"{purpose} needs {needs}.", hint)
+
+
+def _is_absence(failure: Exception) -> bool:
+    """Whether a whole package is absent, rather than a part of one that is there."""
+    return isinstance(failure, ModuleNotFoundError) and "." not in (failure.name or ".")

@@ -23,11 +23,13 @@ def bindings() -> Any:
     """cuda-python's driver module, under the name that this version gives it."""
     try:
         from cuda.bindings import driver
-    except ImportError:
+    except Exception as error:
         try:
             from cuda import cuda as driver
-        except ImportError:
-            raise MissingDependency("cuda-python", "Running TensorRT engines", INSTALL) from None
+        except Exception:
+            # Other packages have parts of `cuda` too: it may be there without the bindings.
+            failure = None if isinstance(error, ModuleNotFoundError) else error
+            raise MissingDependency("cuda-python", "Running TensorRT engines", INSTALL, failure=failure) from None
     return driver
 
 

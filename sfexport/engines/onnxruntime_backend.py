@@ -31,8 +31,9 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 def _library() -> Any:
     try:
         import onnxruntime
-    except ImportError:
-        raise MissingDependency("onnxruntime", "The onnxruntime backend", "pip install onnxruntime") from None
+    except Exception as error:
+        install = "pip install onnxruntime"
+        raise MissingDependency("onnxruntime", "The onnxruntime backend", install, failure=error) from None
     # Fatal only: what it raises is said in our own paragraph, not twice.
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime

@@ -26,14 +26,12 @@ def library() -> Any:
     """The module, at least as new as versions.py asks for.
 
     Raises:
-        MissingDependency: not installed. SfexportError: too old, or its libraries do not load.
+        MissingDependency: not installed, or its libraries do not load. SfexportError: too old.
     """
     try:
         import tensorrt
-    except ImportError as error:
-        if error.name == "tensorrt":
-            raise MissingDependency("tensorrt", "The tensorrt backend", INSTALL) from None
-        raise SfexportError(f"TensorRT's Python module does not load: {error}", "See `sfexport doctor`.") from None
+    except Exception as error:
+        raise MissingDependency("tensorrt", "The tensorrt backend", INSTALL, failure=error) from None
     version = getattr(tensorrt, "__version__", None)
     if version is None:
         raise MissingDependency("tensorrt", "The tensorrt backend", INSTALL)

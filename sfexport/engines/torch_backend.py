@@ -46,8 +46,9 @@ def load_model(checkpoint: Path) -> Any:
         import transformers
 
         from sfexport.model import LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM
-    except ImportError as error:
-        raise MissingDependency(error.name or "torch", "The PyTorch model", INSTALL) from None
+    except Exception as error:
+        library = (getattr(error, "name", None) or "torch").partition(".")[0]
+        raise MissingDependency(library, "The PyTorch model", INSTALL, failure=error) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     opened = Checkpoint.open(checkpoint)

@@ -88,8 +88,9 @@ def _need_libraries() -> None:
     for library in ("torch", "triton"):
         try:
             __import__(library)
-        except ImportError:
-            raise MissingDependency(library, "Running the kernel", f"{INSTALL} and pip install torch") from None
+        except Exception as error:
+            install = f"{INSTALL} and pip install torch"
+            raise MissingDependency(library, "Running the kernel", install, failure=error) from None
 
 
 def _show(report: dict) -> None:

@@ -75,13 +75,11 @@ def triton_version() -> str:
 
 
 def _triton() -> Any:
-    """Raises MissingDependency where there is none or it is too old, SfexportError where it does not load."""
+    """Raises MissingDependency where there is none, it is too old or it does not load."""
     try:
         import triton
-    except ImportError as error:
-        if error.name == "triton":
-            raise MissingDependency("triton", _PURPOSE, INSTALL) from None
-        raise SfexportError(f"Triton does not load: {error}.", f"Install it again: {INSTALL}") from None
+    except Exception as error:
+        raise MissingDependency("triton", _PURPOSE, INSTALL, failure=error) from None
     oldest = OLDEST["triton"]
     if is_older(triton.__version__, oldest):
         raise MissingDependency("triton", _PURPOSE, INSTALL, triton.__version__, version_text(oldest))
