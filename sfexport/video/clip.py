@@ -65,7 +65,7 @@ class Clip:
         if self._is_closed:
             raise VideoError(f"'{self._path}' has been closed.", "Take its frames while it is open.")
         with explained(self._path):
-            if index < self._at or self._timeline.is_worth_a_seek(self._decoder.fed, index):
+            if index < self._at or self._timeline.is_worth_a_seek(self._passed, index):
                 self._jump(index)
             else:
                 self._go_on(index)
@@ -117,6 +117,7 @@ class Clip:
     def _stand(self, output: Iterator[Numbered], before: int, jumped_to: SeekPoint | None = None) -> None:
         """`output` gives the frames from number `before` on, after a jump to this point if there was one."""
         self._output, self._at, self._jumped_to = output, before - 1, jumped_to
+        self._passed = jumped_to.ordinal - 1 if jumped_to else -1  # the highest ordinal among the frames that came
         self._latest, self._picture = None, None
 
     def _advance_to(self, index: int) -> None:
@@ -129,6 +130,7 @@ class Clip:
             if number != expected:
                 raise Lost
             self._at, self._latest, self._picture = number, frame, None
+            self._passed = max(self._passed, int(self._timeline.order[number]))
 
     def _from_seek_point(self, point: SeekPoint) -> Iterator[Numbered]:
         """The frames from this point's on. Those before it refer to what was not decoded, and are left out."""

@@ -49,6 +49,8 @@ TELLING_CODECS = (
     *("mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "msmpeg4v3", "h263", "h263i"),
     *("h264", "h263p", "flv", "flv1", "wmv1", "wmv2", "ffv1", "png", "apng"),
 )
+# Of the first three, threads with a slice each do not report damage; what a damaged VP8 frame shows depends on them.
+ONE_THREAD_CODECS = ("mpeg1video", "mpeg2video", "ffv1", "vp8")
 MPEG4_CODECS = ("mpeg4", "msmpeg4v3", "msmpeg4", "msmpeg4v2")
 
 
@@ -123,8 +125,8 @@ def video_streams(container: av.container.InputContainer, path: Path) -> list[av
     return sorted(streams, key=preference)
 
 
-def prepare(stream: av.VideoStream, path: Path) -> av.VideoStream:
-    """Set a stream to decode on all cores, within a limit of pixels."""
+def prepare(stream: av.VideoStream, path: Path, has_threads: bool) -> av.VideoStream:
+    """Set a stream to decode on all cores or with one thread, within a limit of pixels."""
     codec = stream.codec_context
     if codec is None:
         raise _unknown_codec(path)
@@ -136,10 +138,10 @@ def prepare(stream: av.VideoStream, path: Path) -> av.VideoStream:
     if not codec.is_open:
         strict = {"err_detect": "crccheck+explode"} if codec.name in TELLING_CODECS else {}
         codec.options = {**codec.options, **strict, "max_pixels": str(MAX_PIXELS)}
-        if codec.name in ("mpeg1video", "mpeg2video", "ffv1"):
-            codec.thread_count = 1  # threads with a slice each do not report damage
-        else:
+        if has_threads and codec.name not in ONE_THREAD_CODECS:
             codec.thread_type = "AUTO"
+        else:
+            codec.thread_count = 1
     return stream
 
 

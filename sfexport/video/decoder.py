@@ -6,8 +6,9 @@ Imports av, sfexport.errors and its neighbours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -27,6 +28,10 @@ class Lost(Exception):
     """A jump does not lead where it should. Nothing is wrong with the file: start earlier."""
 
 
+class _FramesMissing(Exception):
+    """Some of the last packets gave no frame: none is due to them, or they are damaged."""
+
+
 class Decoder:
     """Every packet goes into the decoder stamped with its ordinal (see `Timeline`), so that a frame is known by the
     packet that it is made of, whatever times the container gives after a jump.
@@ -43,6 +48,7 @@ class Decoder:
         self._file, self._shape, self._path = path, shape, shown
         self._stream_index: int | None = None
         self._seek_ordinals: tuple[object, dict[int, int]] = (None, {})
+        self._has_threads = True
         self._open()
 
     def close(self) -> None:
@@ -75,8 +81,41 @@ class Decoder:
         Raises:
             VideoError: when damage is reached.
         """
+        return self._same_on_all_machines(self._each_frame)
+
+    def from_seek_point(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
+        """The frames from this point's on, those before it in presentation order included as far as they come.
+
+        Raises:
+            Lost: the container does not lead there, or a packet cannot be decoded from there.
+        """
+        try:
+            yield from self._same_on_all_machines(partial(self._each_frame_from, point, timeline))
+        except av.error.FFmpegError as error:
+            raise Lost from error
+
+    def _same_on_all_machines(self, decode: Callable[[], Iterator[Decoded]]) -> Iterator[Decoded]:
+        """What `decode` gives. Damage is met again with one thread, which is kept to from then on.
+
+        How far several threads have come when damage shows, which whole frames are lost with it and whether it shows at
+        all depends on how many cores the machine has.
+        """
+        given = 0
+        if self._has_threads:
+            try:
+                for decoded in decode():
+                    given += 1
+                    yield decoded
+                return
+            except (av.error.FFmpegError, VideoError, _FramesMissing):
+                self._has_threads = False
+                self.rewind()
+        yield from islice(decode(), given, None)
+
+    def _each_frame(self) -> Iterator[Decoded]:
+        """Raises VideoError when damage is reached; with several threads whatever shows first of any damage."""
         self.rewind()
-        has_begun, failed = False, -1
+        has_begun, failed, highest = False, -1, -1
         numbered = enumerate(packets(self.container, self.stream))
         for ordinal, packet in chain(numbered, ((None, None),)):
             if not self.first_payload and packet is not None:
@@ -85,10 +124,13 @@ class Decoder:
             try:
                 frames = self._decode(ordinal, packet)
             except av.error.FFmpegError as error:
+                if self._has_threads:
+                    raise
                 if has_begun:
                     raise self._damaged(time) from error
                 failed = self.fed
                 continue
+            highest = self._check_last(highest, packet, frames)
             for frame in frames:
                 if frame.is_corrupt:  # what it refers to is missing
                     if has_begun:
@@ -99,24 +141,35 @@ class Decoder:
                 has_begun = True
                 yield frame.pts, frame
 
-    def from_seek_point(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
-        """The frames from this point's on, those before it in presentation order included as far as they come.
+    def _each_frame_from(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
+        """Raises Lost, or av.error.FFmpegError where a packet cannot be decoded."""
+        highest = point.ordinal - 1
+        for ordinal, packet in chain(self._landed(point, timeline), ((None, None),)):
+            frames = self._decode(ordinal, packet)
+            highest = self._check_last(highest, packet, frames)
+            for frame in frames:
+                yield frame.pts, frame
+
+    def _check_last(self, highest: int, packet: av.Packet | None, frames: list[av.VideoFrame]) -> int:
+        """The highest ordinal of a frame so far.
 
         Raises:
-            Lost: the container does not lead there, or a packet cannot be decoded from there.
+            _FramesMissing: not every packet behind number `highest` has given one of the last frames. An error in what
+                several threads hold at the end goes unsaid, and all behind it is missing.
         """
-        try:
-            for ordinal, packet in chain(self._landed(point, timeline), ((None, None),)):
-                for frame in self._decode(ordinal, packet):
-                    yield frame.pts, frame
-        except av.error.FFmpegError as error:
-            raise Lost from error
+        ordinals = {frame.pts for frame in frames}
+        is_end_of_threads = packet is None and self._has_threads and self.stream.codec_context.thread_count != 1
+        if is_end_of_threads and not ordinals.issuperset(range(highest + 1, self.fed + 1)):
+            raise _FramesMissing
+        return max([highest, *(ordinal for ordinal in ordinals if ordinal is not None)])
 
     def _decode(self, ordinal: int | None, packet: av.Packet | None) -> list[av.VideoFrame]:
         """`packet` None makes the decoder give what it holds back."""
         if packet is not None:
             packet.pts, packet.dts, self.fed = ordinal, None, ordinal
-        with _damage_raised() if self.stream.codec_context.name == "ffv1" else contextlib.nullcontext():
+        # At the end, decoders pass over an error in what they held back.
+        is_silent = packet is None or self.stream.codec_context.name == "ffv1"
+        with _damage_raised() if is_silent else contextlib.nullcontext():
             frames = self.stream.decode(packet)
         self.frames_decoded += len(frames)
         return frames
@@ -159,7 +212,9 @@ class Decoder:
         return VideoError(f"'{self._path}' is damaged{time}: the frame there cannot be decoded.", REPAIR_HINT)
 
     def _time_of(self, packet: av.Packet | None) -> str:
-        if packet is None or packet.pts is None or packet.time_base is None:
+        if packet is None:
+            return " near its end"
+        if packet.pts is None or packet.time_base is None:
             return ""
         ticks = packet.pts - (self.stream.start_time or 0)
         return f" about {float(ticks * packet.time_base):.1f} seconds in" if ticks >= 0 else ""
@@ -169,7 +224,7 @@ class Decoder:
         try:
             streams = video_streams(self.container, self._path)
             wanted = [s for s in streams if s.index == self._stream_index] or streams
-            self.stream = prepare(wanted[0], self._path)
+            self.stream = prepare(wanted[0], self._path, self._has_threads)
         except BaseException:
             self.close()
             raise
@@ -181,12 +236,14 @@ def _damage_raised() -> Iterator[None]:
 
     FFV1's says of a wrong checksum in its log only, and fills the slice with what lies in memory.
     """
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else the same line is not captured a second time
     try:
         with av.logging.Capture(local=True) as lines:
             yield
     finally:
+        av.logging.set_skip_repeated(skips)
         av.logging.set_level(level)
     if lines:
         raise av.error.InvalidDataError(_INVALID_DATA, lines[0][2].strip())

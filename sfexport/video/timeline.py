@@ -137,10 +137,10 @@ class Timeline:
         # The first one is the beginning itself.
         return SeekPoint(*self.seek_points[at].tolist()) if at > 0 else None
 
-    def is_worth_a_seek(self, fed: int, frame: int) -> bool:
-        """Whether jumping to the seek point of `frame` skips any packet after the one `fed` last."""
+    def is_worth_a_seek(self, passed: int, frame: int) -> bool:
+        """Whether jumping to the seek point of `frame` skips any packet behind those up to the ordinal `passed`."""
         point = self.seek_point(frame)
-        return point is not None and point.ordinal > fed + 1
+        return point is not None and point.ordinal > passed + 1
 
     def span(self) -> int:
         """From the first frame's start to the last one's end, in the time base; 0 without times."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
+from clip_kinds import DAMAGES
 from PIL import Image
 
 from sfexport.errors import VideoError
+from sfexport.video.containers import prepare
 from sfexport.video.decoding import Video
 
 
@@ -107,6 +112,26 @@ def spoil(path: Path, frames: set[int]) -> Path:
     return path
 
 
+def prepare_with(threads: int, stream: Any, path: Path, has_threads: bool) -> Any:
+    """As on a machine with this many cores."""
+    prepared = prepare(stream, path, has_threads)
+    if prepared.codec_context.thread_count != 1:
+        prepared.codec_context.thread_count = threads
+    return prepared
+
+
+def read_all(path: Path, indices: Iterable[int]) -> tuple[list[str], str]:
+    """The digests of the frames that come, and the error that ends them."""
+    frames: list[str] = []
+    try:
+        with Video.open(path) as video:
+            for frame in video.frames([i for i in indices if i < video.info.frame_count]):
+                frames.append(hashlib.sha256(frame.tobytes()).hexdigest())
+    except VideoError as error:
+        return frames, error.paragraph()
+    return frames, ""
+
+
 class TestDamage:
     @pytest.fixture
     def damaged(self, clips: Any, tmp_path: Path) -> Path:
@@ -127,6 +152,25 @@ class TestDamage:
                 with pytest.raises(VideoError, match="damaged"):
                     list(video.frames([27]))
             assert [clips.read_number(frame) for frame in video.frames([38, 2])] == [38, 2]
+
+    @pytest.mark.parametrize("frames", [{25}, {35}, {0, 1}, {2, 9}])
+    @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "libsvtav1"])
+    def test_is_the_same_on_any_number_of_cores(
+        self, codec: str, frames: set[int], clips: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = spoil(clips.write(tmp_path / "damaged.mp4", codec=codec), frames)
+        outcomes = []
+        for threads in (1, 2, 16):
+            monkeypatch.setattr("sfexport.video.decoder.prepare", partial(prepare_with, threads))
+            outcomes.append((read_all(path, range(0, 40, 3)), read_all(path, [30])))
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+
+    def test_of_ffv1_is_reported_each_time_it_is_met(self, tmp_path: Path) -> None:
+        path = tmp_path / "dirty_ffv1.mkv"
+        DAMAGES[path.name](path)
+        frames, error = read_all(path, range(40))
+        assert "damaged" in error
+        assert [read_all(path, range(40)) for _ in range(2)] == [(frames, error)] * 2
 
     def test_nothing_but_rubbish(self, clips: Any, tmp_path: Path) -> None:
         path = spoil(clips.write(tmp_path / "rubbish.mp4"), set(range(40)))

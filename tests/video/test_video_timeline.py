@@ -99,7 +99,7 @@ def test_seek_points_that_prove_wrong_are_forgotten() -> None:
 
 def test_a_seek_is_worth_it_when_it_skips_packets() -> None:
     timeline = simple()
-    assert timeline.is_worth_a_seek(fed=5, frame=25)
-    assert not timeline.is_worth_a_seek(fed=19, frame=25), "the next packet is the seek point"
-    assert not timeline.is_worth_a_seek(fed=21, frame=25), "the seek point lies behind"
-    assert not timeline.is_worth_a_seek(fed=0, frame=9), "there is no seek point but the start"
+    assert timeline.is_worth_a_seek(passed=5, frame=25)
+    assert not timeline.is_worth_a_seek(passed=19, frame=25), "the next packet is the seek point"
+    assert not timeline.is_worth_a_seek(passed=21, frame=25), "the seek point lies behind"
+    assert not timeline.is_worth_a_seek(passed=0, frame=9), "there is no seek point but the start"
