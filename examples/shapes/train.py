@@ -123,10 +123,10 @@ def optimiser(trainee: nn.Module, stage: Stage) -> tuple[torch.optim.Optimizer, 
 
 
 def run_stage(stage: Stage, lm: LlavaQwenSlowFastForCausalLM, out: Path, tokenizer: ChatTokenizer) -> None:
-    """Train `lm` in place, or load what an earlier run of this stage left."""
+    """Train `lm` in place, or load what an earlier run of this stage left. Afterwards it is on the CPU."""
     done = out / stage.name / "final.pt"
     if done.is_file():
-        lm.load_state_dict(torch.load(done, weights_only=True))
+        lm.load_state_dict(torch.load(done, map_location="cpu", weights_only=True))
         return
     set_seed(stage.seed)
     is_tower = stage.name == "tower"
@@ -168,7 +168,7 @@ def run_stage(stage: Stage, lm: LlavaQwenSlowFastForCausalLM, out: Path, tokeniz
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=any((out / stage.name).glob("checkpoint-*")))
-    torch.save(lm.state_dict(), done)
+    torch.save(lm.cpu().state_dict(), done)
 
 
 def add_slow_branch(base: LlavaQwenSlowFastForCausalLM, projector: str) -> LlavaQwenSlowFastForCausalLM:

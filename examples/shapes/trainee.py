@@ -111,7 +111,7 @@ class Heads(nn.Module):
             side = math.isqrt(tokens.shape[1])
             labels = F.adaptive_max_pool2d(labels[:, None].float(), side).long().flatten()
             # Most cells are empty: those with something in them weigh more.
-            weight = torch.ones(HEADS[n])
+            weight = torch.ones(HEADS[n], device=tokens.device)
             weight[0] = 0.1
             loss = loss + F.cross_entropy(self.heads[n](tokens).flatten(0, 1), labels, weight)
         return loss
@@ -170,7 +170,7 @@ class Trainee(nn.Module):
         if self.lm.config.facts.slow_fast.hybrid_layers and not batch["slow_off"]:
             attends = segments >= 0
             attends[:, visual] = False
-            mask = torch.ones(slow.shape[:2], dtype=torch.bool)
+            mask = torch.ones(slow.shape[:2], dtype=torch.bool, device=slow.device)
             branch = SlowBranch(self.lm.model.slow_key_values(slow), attends, mask)
         return self.lm.model(
             inputs_embeds=embeds,
@@ -185,5 +185,5 @@ def block_mask(segments: Tensor) -> Tensor:
     """bool [B, 1, L, L]: earlier positions of the prefix and of the same segment (padding sees itself)."""
     same = segments[:, :, None] == segments[:, None, :]
     prefix = (segments == 0)[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     return ((same | prefix) & causal)[:, None]
