@@ -66,6 +66,15 @@ class CrossAttentionCombine(OpRun):
         return (output.numpy(),)
 
 
+def widen_weights(model: onnx.ModelProto) -> None:
+    """Turn bfloat16 weights into float32: onnx's evaluator misreads them in its versions before 1.17."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.BFLOAT16:
+            bits = np.frombuffer(tensor.raw_data, "<u2").astype(np.uint32) << 16
+            values = bits.view(np.float32).reshape(tuple(tensor.dims))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
 def main() -> None:
     bundle = Bundle.open(Path(sys.argv[1]))
     facts, text = bundle.facts, bundle.facts.text
@@ -86,6 +95,7 @@ def main() -> None:
     feeds |= dict(zip(names.slow_names(facts), backend.to_numpy(slow), strict=True))
 
     model = onnx.load(bundle.graph_file("decoder"))
+    widen_weights(model)
     settings = PluginSettings(sm=87, ptx_isa=85, multiprocessors=16, head_dim=text.head_dim)
     sibling = with_plugin_nodes(model, settings)
     evaluator = ReferenceEvaluator(sibling, new_ops=[CrossAttentionSplit, CrossAttentionCombine])

@@ -24,7 +24,9 @@ def ffmpeg_frames(path: Path, width: int, height: int) -> np.ndarray:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", "-threads", "1"]
     command += ["-f", "mjpeg"] if path.name == "mjpeg_named.jpg" else []  # it goes by that name
     command += ["-i", str(path), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    data = subprocess.run(command, capture_output=True, check=False).stdout
+    run = subprocess.run(command, capture_output=True, check=False)
+    assert run.returncode >= 0, f"ffmpeg crashed (signal {-run.returncode})"
+    data = run.stdout
     size = width * height * 3
     return np.frombuffer(data[: len(data) // size * size], np.uint8).reshape(-1, height, width, 3)
 
