@@ -38,7 +38,9 @@ class Tiles:
 
 
 def tiles_for(dtype: str, head_dim: int, sm: int) -> Tiles:
-    """The largest tiles that need no more than 48 KB of shared memory and spill no register (benchmarks/kernel.py).
+    """The largest tiles that need no more than 48 KB of shared memory and spill no register.
+
+    Measured by benchmarks/kernel_resources.py.
 
     Raises:
         InputError: a type, head size or GPU that the kernels are not made for.
