@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,9 +233,23 @@ def test_cpu_memory_is_what_a_run_takes(tree: Any, tmp_path: Path, precision: st
     bundle = export(Checkpoint.open(tree.checkpoint), tmp_path / "bundle", ExportOptions(precision=precision))
     engines = build(bundle, tmp_path / "engines", "onnxruntime")
     command = [sys.executable, str(BENCHMARKS / "plan_memory.py"), "--child", "answer", engines.path, tree.clip, "16"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = run_within(300, list(map(str, command)))
     assert done.returncode == 0, done.stderr
     assert planned[precision] == pytest.approx(json.loads(done.stdout.splitlines()[-1])["peak"], rel=0.15)
+
+
+def run_within(seconds: float, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python command; one that hangs is ended by SIGABRT, on which it says where each of its threads was."""
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        stdout, stderr = process.communicate(timeout=30)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def test_cpu_memory_grows_with_the_weights(tmp_path: Path, checkpoint: Path) -> None:
