@@ -1,7 +1,4 @@
-"""Read the added and special tokens of a checkpoint's tokenizer files, as transformers 5 combines them.
-
-May import sfexport.errors, fields and small_files.
-"""
+"""Read the added and special tokens of a checkpoint's tokenizer files, as transformers 5 combines them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 What is written goes to a hidden sibling, `.<name>.<random>.partial`, and takes its place in one step. A sibling is
 locked while its process lives; the next that writes to the same place removes those without a lock.
-May import sfexport.errors and sfexport.ownership.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Two FLOPs per multiply-add; matrix products and convolutions only, as torch's FlopCounterMode counts. Left out, there
 and here: norms, activations, softmax, rotary angles, pooling and the means that make fast tokens. Attention is counted
-over all positions, masked or not. May import sfexport.facts, towers and, of the graphs, fast_path and quantize;
-no torch, no onnx.
+over all positions, masked or not.
 """
 
 from __future__ import annotations

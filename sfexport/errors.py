@@ -1,4 +1,4 @@
-"""The one exception tree of sfexport. Imports nothing, so that every floor can raise from it."""
+"""The one exception tree of sfexport."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Read a JSON object into a typed structure: one `Fields` class per file names every field that the file can have.
 
-A field is applied (an attribute of the class), known not to matter (`IRRELEVANT`), or unknown (`unknown_fields`,
-which the caller reports or refuses). Nothing is converted: "false" is not a bool and 2.5 is not a whole number.
-Imports msgspec; may import sfexport.errors only.
+A field is applied (an attribute of the class), known not to matter (`IRRELEVANT`), or unknown (`unknown_fields`, which
+the caller reports or refuses). Nothing is converted: "false" is not a bool and 2.5 is not a whole number.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 change tokens here, or refused by name.
 
 Transformers' own rules hold: what acts when sampling only is ignored by a greedy model, an absent or null `top_k` is
-50, `max_new_tokens` comes before `max_length`. May import sfexport.errors, fields and small_files.
+50, `max_new_tokens` comes before `max_length`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ tensor of zeros, a changed sign or scale, or tensors in another order show in ev
 such as one row of a matrix or one bad sector, does not. That takes the digest of all bytes, which an export of copied
 or quantised weights always has, one of referenced weights with `--digest full`, and which a build checks. Engines keep
 it too, with the file's time: where that has changed since the build, the whole file is read before they are used.
-May import sfexport.errors and sfexport.shards.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What stands in the manifests `sfexport.json` and `engine.json`: every field with its type and range.
-
-Imports msgspec; may import sfexport.errors.
-"""
+"""What stands in the manifests `sfexport.json` and `engine.json`: every field with its type and range."""
 
 from __future__ import annotations
 

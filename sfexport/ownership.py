@@ -1,7 +1,4 @@
-"""Decide whether an output directory may be replaced: only one that sfexport wrote, as it wrote it.
-
-May import sfexport.errors only.
-"""
+"""Decide whether an output directory may be replaced: only one that sfexport wrote, as it wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the package's tables (TOML files beside the code). May import sfexport.errors."""
+"""Reading the package's tables (TOML files beside the code)."""
 
 from __future__ import annotations
 

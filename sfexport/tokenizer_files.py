@@ -2,8 +2,7 @@
 
 transformers 5 is followed: the class named in tokenizer_config.json decides how tokenizer.json is read, and
 `added_tokens_decoder` comes before special_tokens_map.json and added_tokens.json. Reads JSON only: the tokenizers
-library is used by tokenizer_making, in a process of its own while exporting. May import sfexport.added_tokens, errors,
-fields and small_files.
+library is used by tokenizer_making, in a process of its own while exporting.
 """
 
 from __future__ import annotations

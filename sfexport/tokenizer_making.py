@@ -1,7 +1,7 @@
 """Make a tokenizers.Tokenizer out of a directory's files, with the ids that transformers 5 gives.
 
 `make_tokenizer` works in this process; `write_tokenizer` in one of its own, since a damaged or hostile tokenizer.json
-can end the process that reads it. Run as a program: DIRECTORY OUTPUT MARKED ROWS. May import sfexport.tokenizer_files.
+can end the process that reads it. Run as a program: DIRECTORY OUTPUT MARKED ROWS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Check single values that callers pass, at the command line or in Python. May import sfexport.errors and fields."""
+"""Check single values that callers pass, at the command line or in Python."""
 
 from __future__ import annotations
 

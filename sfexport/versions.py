@@ -1,7 +1,6 @@
 """Every version that sfexport compares with, once: for doctor, build, the plugins and pyproject's ranges.
 
-Imports nothing. What a kind of machine has is in machines/targets.toml, what TensorRT's parser takes in
-engines/parser_support.toml.
+What a kind of machine has is in machines/targets.toml, what TensorRT's parser takes in engines/parser_support.toml.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A tiny random checkpoint in exactly the layout of the released ones: configuration, weights, side files.
 
 For tests; the trained model's side files are made with the same functions. It goes every step of the way, but its
-answers mean nothing. Which tensors there are is asked of `sfexport.facts` and `sfexport.towers`. Imports NumPy and
-tokenizers; no torch, no transformers.
+answers mean nothing. Which tensors there are is asked of `sfexport.facts` and `sfexport.towers`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing pictures as a video file, the same bytes every time. Imports NumPy and PyAV; no torch."""
+"""Writing pictures as a video file, the same bytes every time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The demo's tokenizer: a small byte-level BPE of Qwen2's kind, trained on `sfexport.demo.corpus`.
-
-Imports the tokenizers library; no torch, no transformers.
-"""
+"""The demo's tokenizer: a small byte-level BPE of Qwen2's kind, trained on `sfexport.demo.corpus`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`sfexport doctor`: whether engines can be built and run on this machine, and the command that mends what is missing.
-
-May import sfexport.machines and sfexport.console.
-"""
+"""`sfexport doctor`: whether engines can be built and run here, and the command that mends what is missing."""
 
 from __future__ import annotations
 

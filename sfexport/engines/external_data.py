@@ -1,7 +1,4 @@
-"""Where a graph's weights lie, checked before any of them is read: nothing but the bundle's own weight files.
-
-Imports onnx; may import sfexport.errors and sfexport.manifest.
-"""
+"""Where a graph's weights lie, checked before any of them is read: nothing but the bundle's own weight files."""
 
 from __future__ import annotations
 

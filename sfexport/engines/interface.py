@@ -1,7 +1,4 @@
-"""What a backend is: the three graphs as three calls on NumPy arrays, K/V staying wherever the backend keeps it.
-
-May import NumPy and sfexport.manifest; backends import this, never each other.
-"""
+"""What a backend is: the three graphs as three calls on NumPy arrays, K/V staying wherever the backend keeps it."""
 
 from __future__ import annotations
 

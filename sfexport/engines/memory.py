@@ -1,7 +1,7 @@
 """How much memory building and running engines takes, computed from the graphs. Estimates, labelled so.
 
 Activations are the most bytes alive at once if every node's output were kept until its last use; an engine that fuses
-nodes needs less. Imports onnx.
+nodes needs less.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Rules for one node that TensorRT's ONNX parser applies beyond operators and types: each yields what is wrong.
-
-Imports onnx and NumPy.
-"""
+"""Rules for one node that TensorRT's ONNX parser applies beyond operators and types: each yields what is wrong."""
 
 from __future__ import annotations
 

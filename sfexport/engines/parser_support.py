@@ -1,7 +1,7 @@
 """What TensorRT's ONNX parser takes, per version (parser_support.toml), and checking a graph against it.
 
-Needs no TensorRT. A gap is something that the parser's source refuses or its documents do not list; a graph without
-one can still fail to build. Imports onnx; may import sfexport.tables and errors.
+Needs no TensorRT. A gap is something that the parser's source refuses or its documents do not list; a graph without one
+can still fail to build.
 """
 
 from __future__ import annotations

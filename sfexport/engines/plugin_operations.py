@@ -1,7 +1,4 @@
-"""The two operations that the TensorRT plugins implement: inputs, types, shapes and launches, whatever the door.
-
-Imports neither tensorrt nor triton.
-"""
+"""The two operations that the TensorRT plugins implement: inputs, types, shapes and launches, whatever the door."""
 
 from __future__ import annotations
 

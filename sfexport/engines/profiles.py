@@ -1,7 +1,4 @@
-"""Concrete shapes for every dynamic tensor: what an engine accepts, from how many frames and tokens are wanted.
-
-Imports no backend library.
-"""
+"""Concrete shapes for every dynamic tensor: what an engine accepts, from how many frames and tokens are wanted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`sfexport build --check`: everything about a build for a target that can be known without the target.
 
 Each graph's nodes, types and opset against that TensorRT's parser; the kernels, compiled for its SM; every tensor's
-shapes; memory. Needs no GPU and no TensorRT. May import onnx and, for the kernels, triton.
+shapes; memory. Needs no GPU and no TensorRT.
 """
 
 from __future__ import annotations

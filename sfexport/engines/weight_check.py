@@ -1,7 +1,7 @@
 """Read all weights of a bundle once: they must be the bundle's, and numbers that its graphs can compute with.
 
 A bundle is exported without reading its weights, so a diverged training, a damaged file, or a weight that float16
-cannot hold would only show as nonsense in answers. Imports onnx and NumPy.
+cannot hold would only show as nonsense in answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Describe a graph file's inputs and outputs, for a bundle's manifest and for comparing with it. Imports onnx."""
+"""Describe a graph file's inputs and outputs, for a bundle's manifest and for comparing with it."""
 
 from __future__ import annotations
 

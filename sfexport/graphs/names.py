@@ -1,4 +1,4 @@
-"""Names of the graphs' inputs and outputs: what builders write and backends feed. Imports no ONNX library."""
+"""Names of the graphs' inputs and outputs: what builders write and backends feed."""
 
 from __future__ import annotations
 

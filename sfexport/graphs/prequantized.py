@@ -6,9 +6,8 @@ Of a layer `x` such a checkpoint has, in the place of x.weight [out, in]:
     AWQ   x.qweight I32 [in, out / 8], eight outputs to a number, in the order of _AWQ_ORDER
     both  x.qzeros I32 [in / group, out / 8], x.scales [in / group, out]
 
-A weight is (code - zero) * scale with codes 0..15. GPTQ's first format stores zero - 1. Where every zero is 8 the
-codes less 8 are ours, symmetric; TensorRT takes no other. Imports NumPy; may import sfexport.checkpoint, manifest,
-errors and graphs.weights.
+A weight is (code - zero) * scale with codes 0..15. GPTQ's first format stores zero - 1. Where every zero is 8 the codes
+less 8 are ours, symmetric; TensorRT takes no other.
 """
 
 from __future__ import annotations

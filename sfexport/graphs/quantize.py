@@ -1,4 +1,4 @@
-"""Rounding weights to 4 and 8 bits: the arithmetic, on arrays in memory. Imports NumPy only.
+"""Rounding weights to 4 and 8 bits: the arithmetic, on arrays in memory.
 
 Matrices are [in, out] here, as they are stored: ONNX Runtime turns no other layout into its 4-bit product.
 

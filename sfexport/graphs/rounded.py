@@ -1,7 +1,4 @@
-"""The matrices of a quantised bundle as the numbers they stand for, so that PyTorch can compute with the same.
-
-Imports NumPy; may import sfexport.checkpoint, manifest, graphs.quantize and graphs.weights_plan.
-"""
+"""The matrices of a quantised bundle as the numbers they stand for, so that PyTorch can compute with the same."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 Memory: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
 and some megabytes per thread; nothing is mapped.
-Imports NumPy; may import sfexport.checkpoint, errors, graphs.quantize, graphs.weights and graphs.weights_plan.
 """
 
 from __future__ import annotations

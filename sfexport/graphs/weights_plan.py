@@ -1,8 +1,7 @@
 """What a quantised bundle's weights file will hold, decided before any weight is read.
 
-One safetensors file holds everything the graphs need: rounded matrices, and copies of what is left alone. So the
-bundle stands without the checkpoint, which is more than twice as large; and graphs can point to one directory only.
-May import sfexport.checkpoint, facts, graphs.prequantized, graphs.quantize and graphs.weights.
+One safetensors file holds everything the graphs need: rounded matrices, and copies of what is left alone. So the bundle
+stands without the checkpoint, which is more than twice as large; and graphs can point to one directory only.
 """
 
 from __future__ import annotations

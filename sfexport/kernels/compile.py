@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: Triton kernel -> PTX for a given GPU, on a machine without one. Imports triton, lazily.
+"""Ahead-of-time compilation: Triton kernel -> PTX for a given GPU, on a machine without one.
 
 Triton's own launcher passes two more pointers than the kernel declares (global and profile scratch); ours are of
 size 0 and unused, so they are taken out of the PTX for launchers that know nothing of them.

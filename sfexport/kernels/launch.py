@@ -1,6 +1,6 @@
 """Running the kernels on torch tensors: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
 
-For tests, checks and benchmarks; engines launch the compiled PTX themselves. Imports torch and triton.
+For tests, checks and benchmarks; engines launch the compiled PTX themselves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the cross-attention kernels are launched: tile sizes by type and GPU, grids, the number of splits.
 
-Written once for plain integers and for TensorRT's symbolic dimensions. Imports neither triton nor tensorrt.
+Written once for plain integers and for TensorRT's symbolic dimensions.
 """
 
 from __future__ import annotations

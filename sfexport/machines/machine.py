@@ -1,6 +1,6 @@
 """What can be found out about this machine without loading a heavy library: one record, `look()`.
 
-Everything comes through a Probe. Imports no library.
+Everything comes through a Probe.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The only door to the operating system that `sfexport doctor` uses, so that a test can describe any machine.
 
-Every method answers None (or nothing) instead of raising: an examination must end on any machine. Imports no
-library of the package's own.
+Every method answers None (or nothing) instead of raising: an examination must end on any machine.
 """
 
 from __future__ import annotations

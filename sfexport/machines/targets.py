@@ -1,4 +1,4 @@
-"""What engines are built for: the rows of targets.toml as objects. May import sfexport.tables and errors."""
+"""What engines are built for: the rows of targets.toml as objects."""
 
 from __future__ import annotations
 

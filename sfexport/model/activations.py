@@ -1,6 +1,6 @@
 """SReLU for transformers: the name 'srelu' in ACT2FN, and the callback that ends its freezing during training.
 
-Imports transformers and sfexport.model.srelu. Importing this module (as `import sfexport.model` does) registers.
+Importing this module (as `import sfexport.model` does) registers.
 """
 
 from __future__ import annotations

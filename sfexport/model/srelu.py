@@ -1,7 +1,4 @@
-"""SReLU, the S-shaped rectified linear unit of Jin et al. (AAAI 2016, arXiv 1512.07030), and how it is trained.
-
-Imports torch only; transformers' side (ACT2FN, a TrainerCallback) is in sfexport.model.activations.
-"""
+"""SReLU, the S-shaped rectified linear unit of Jin et al. (AAAI 2016, arXiv 1512.07030), and how it is trained."""
 
 from __future__ import annotations
 

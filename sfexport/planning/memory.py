@@ -1,7 +1,4 @@
-"""Memory per way of storing the weights, for TensorRT and for ONNX Runtime's CPU, from the graphs and sfexport.cost.
-
-May import sfexport.cost and sfexport.engines.
-"""
+"""Memory per way of storing the weights, for TensorRT and for ONNX Runtime's CPU, from the graphs and sfexport.cost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checkpoint and targets -> figures. Nothing is built or run: graphs are written into a temporary directory and read.
+"""Checkpoint and targets -> figures.
 
-May import sfexport.cost, planning, graphs, engines and machines.
+Nothing is built or run: graphs are written into a temporary directory and read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan as a table and what it rests on, in 80 columns. May import sfexport.console and planning."""
+"""A plan as a table and what it rests on, in 80 columns."""
 
 from __future__ import annotations
 

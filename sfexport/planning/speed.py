@@ -1,6 +1,6 @@
 """How long things would take on a target: FLOPs and bytes over its peak rates, times the fraction that is attained.
 
-Computed, not measured. May import sfexport.cost, facts, towers and machines.
+Computed, not measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prompt (`qwen_1_5` template of the reference) and the checkpoint's tokenizer. Imports tokenizers lazily."""
+"""The prompt (`qwen_1_5` template of the reference) and the checkpoint's tokenizer."""
 
 from __future__ import annotations
 

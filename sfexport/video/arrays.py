@@ -1,7 +1,6 @@
 """Frames that are in memory already: NumPy arrays, PIL images, DLPack tensors, and lists of these.
 
-Imports numpy, PIL, sfexport.errors and its neighbour files. The libraries that own DLPack tensors (torch, CuPy, JAX)
-are not imported: their tensors are asked through the protocol.
+The libraries that own DLPack tensors (torch, CuPy, JAX) are not imported: their tensors are asked through the protocol.
 """
 
 from __future__ import annotations

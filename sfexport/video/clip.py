@@ -1,7 +1,4 @@
-"""A clip: the frame of any index, by jumps where they are safe and from the beginning where they are not.
-
-Imports av, numpy, sfexport.errors and its neighbours.
-"""
+"""A clip: the frame of any index, by jumps where they are safe and from the beginning where they are not."""
 
 from __future__ import annotations
 

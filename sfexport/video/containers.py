@@ -1,7 +1,7 @@
 """Opening a file with PyAV: which formats are taken, which stream is the video, and its packets.
 
-Imports av, sfexport.errors and timeline. Other files name other files (playlists, patterns) or are no recordings at
-all (drawn text, subtitles): a format that is not listed here is refused before anything in it is followed.
+Other files name other files (playlists, patterns) or are no recordings at all (drawn text, subtitles): a format that is
+not listed here is refused before anything in it is followed.
 """
 
 from __future__ import annotations

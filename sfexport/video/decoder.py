@@ -1,7 +1,4 @@
-"""A container and the decoder of its video stream: frames from the beginning or from a seek point.
-
-Imports av, sfexport.errors and its neighbours.
-"""
+"""A container and the decoder of its video stream: frames from the beginning or from a seek point."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Opening a clip, a picture or a folder of pictures and getting chosen frames out of it.
 
-Imports numpy, sfexport.errors and its neighbours. PyAV is imported by containers, decoder, clip and rgb alone.
+PyAV is imported by containers, decoder, clip and rgb alone.
 """
 
 from __future__ import annotations

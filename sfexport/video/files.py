@@ -1,7 +1,4 @@
-"""What a file is before any decoder sees it: checks with clear refusals, and the facts of a clip.
-
-Imports the standard library and sfexport.errors only.
-"""
+"""What a file is before any decoder sees it: checks with clear refusals, and the facts of a clip."""
 
 from __future__ import annotations
 

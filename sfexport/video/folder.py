@@ -1,7 +1,4 @@
-"""A folder of pictures as a clip: data sets keep videos so.
-
-Imports numpy, PIL, sfexport.errors and its neighbour files.
-"""
+"""A folder of pictures as a clip: data sets keep videos so."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Reads picture files byte by byte where Pillow does not look: what follows the first image, tiles, durations.
-
-Imports PIL and the standard library.
-"""
+"""Reads picture files byte by byte where Pillow does not look: what follows the first image, tiles, durations."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Pictures: what a picture file holds, its pixels as 8-bit RGB, and turning frames upright.
-
-Imports numpy, PIL, sfexport.errors and its neighbour files.
-"""
+"""Pictures: what a picture file holds, its pixels as 8-bit RGB, and turning frames upright."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""From RGB frames to the tower's pixels, bit for bit what transformers' CLIPImageProcessor gives.
-
-Imports numpy, PIL, sfexport.errors, sfexport.images and resampling.
-"""
+"""From RGB frames to the tower's pixels, bit for bit what transformers' CLIPImageProcessor gives."""
 
 from __future__ import annotations
 

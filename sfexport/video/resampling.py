@@ -1,7 +1,7 @@
 """A window of a resized picture without the rest of it: bit for bit what Pillow's bicubic resize has there.
 
-Imports numpy and PIL. Pillow resizes whole pictures, or boxes whose edges it rounds to 24 bits; a strip of 16x4000
-pixels becomes 576x144000 before its middle is cut out.
+Pillow resizes whole pictures, or boxes whose edges it rounds to 24 bits; a strip of 16x4000 pixels becomes 576x144000
+before its middle is cut out.
 """
 
 from __future__ import annotations

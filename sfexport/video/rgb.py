@@ -1,7 +1,4 @@
-"""Decoded frames to RGB pixels as the ffmpeg program converts them, and how they are stored.
-
-Imports av, numpy, PIL, sfexport.errors and pictures.
-"""
+"""Decoded frames to RGB pixels as the ffmpeg program converts them, and how they are stored."""
 
 from __future__ import annotations
 

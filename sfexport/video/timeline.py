@@ -1,4 +1,4 @@
-"""Which compressed packet makes which frame, and where decoding can start, read from packets. Imports numpy only.
+"""Which compressed packet makes which frame, and where decoding can start, read from packets.
 
 A packet is known by its ordinal: its position among the stream's packets when the file is read from the beginning.
 Times after a jump may differ from those of a reading from the beginning; ordinals are recognised by content.
