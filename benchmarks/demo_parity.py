@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shapes_accuracy import check_seed, clips, load
 
+from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.demo.shipped import SHIPPED
-from sfexport.facts import DECODE_MODES
 
 
 def main() -> None:

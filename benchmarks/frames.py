@@ -4,9 +4,9 @@
     python benchmarks/frames.py --computed              the released model's FLOPs only: nothing is run
     python benchmarks/frames.py --quick                 a small run, to see whether it works
 
-Computed: FLOPs of the released 7 B decoder's prefill, from sfexport/cost.py. Measured: seconds of the decoder's prefill
-under ONNX Runtime, for a random decoder as wide as Qwen2-0.5B. Strides are such that 16 frames' worth of fast tokens
-stay, as in the paper. Every repetition goes through all settings; the best of each counts.
+Computed: FLOPs of the released 7 B decoder's prefill, from sfexport/planning/flops.py. Measured: seconds of the
+decoder's prefill under ONNX Runtime, for a random decoder as wide as Qwen2-0.5B. Strides are such that 16 frames' worth
+of fast tokens stay, as in the paper. Every repetition goes through all settings; the best of each counts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np  # noqa: E402
 from frames_plot import Line, draw  # noqa: E402
 from sparse_checkpoint import QWEN2_7B  # noqa: E402
 
-from sfexport.cost import Lengths, decoder_flops, prefill_calls, slow_key_value_flops  # noqa: E402
-from sfexport.facts import ModelFacts  # noqa: E402
+from sfexport.checkpoint.config import ModelFacts  # noqa: E402
+from sfexport.planning.flops import Lengths, decoder_flops, prefill_calls, slow_key_value_flops  # noqa: E402
 
 FRAMES = (16, 32, 64, 96, 128, 256, 512, 1024, 1536)
 ALL_FRAMES = (16, 32, 64, 128)  # measured with all frames in self-attention
@@ -71,9 +71,9 @@ class Decoder:
     def __init__(self, folder: Path) -> None:
         import random_checkpoint
 
-        from sfexport.checkpoint import Checkpoint
+        from sfexport.checkpoint.checkpoint import Checkpoint
         from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-        from sfexport.graphs.bundle import ExportOptions, export
+        from sfexport.export.export import ExportOptions, export
 
         config, tower, size = random_checkpoint.SIZES["0.5b"]
         config = config | {"num_hidden_layers": LAYERS, "cross_attn_max_layer_depth": LAYERS}
@@ -218,8 +218,8 @@ def page(computed: list[str], measured: list[str], remark: str, repeats: int, ab
         "The vision tower, whose cost grows with the frames either way, is not part of these figures."
     )
     about_computed = (
-        "Decoder and slow K/V, from `sfexport/cost.py`; both sides against their own 16 frames. The model takes 4,096 "
-        "positions, so that 64 frames in self-attention are beyond it."
+        "Decoder and slow K/V, from `sfexport/planning/flops.py`; both sides against their own 16 frames. The model "
+        "takes 4,096 positions, so that 64 frames in self-attention are beyond it."
     )
     about_measured = (
         f"A random decoder as wide as Qwen2-0.5B ({LAYERS} layers, one of them hybrid, float32), called as a session "

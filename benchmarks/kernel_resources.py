@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from sfexport.kernels.compile import assemble, compile_kernels, find_ptxas, triton_version
-from sfexport.kernels.plan import DTYPES, HEAD_DIMS, SMS, tiles_for
+from sfexport.kernels.launch_config import DTYPES, HEAD_DIMS, SMS, tiles_for
 from sfexport.machines.targets import kernel_ptx_isa
 
 HEADER = ("SM", "type", "head", "rows x tokens", "warps", "stages", "kernel", "registers", "shared KB", "spilled bytes")

@@ -91,7 +91,7 @@ def run_shape(torch: Any, frames: int, positions: int, dtype: str, ceilings: tup
 
     from sfexport.kernels.cases import Tensors, reference
     from sfexport.kernels.launch import cross_attention
-    from sfexport.kernels.plan import tiles_for
+    from sfexport.kernels.launch_config import tiles_for
 
     properties = torch.cuda.get_device_properties(0)
     slow, kind = frames * TOKENS_PER_FRAME, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]

@@ -72,9 +72,9 @@ def compare(
     checkpoint: Path, name: str, clip: Path, frames: int, folder: Path, precisions: Sequence[str] = tuple(OPTIONS)
 ) -> list[dict[str, Any]]:
     """One row per way of storing the weights: bytes planned and measured."""
-    from sfexport.checkpoint import Checkpoint
+    from sfexport.checkpoint.checkpoint import Checkpoint
     from sfexport.engines.build import build
-    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.export.export import ExportOptions, export
     from sfexport.planning.plan import plan
 
     found = {f.storage.name: f.memory.run for f in plan(checkpoint, "cpu", frames).targets[0].figures}
@@ -94,7 +94,7 @@ def compare_large(clip: Path, folder: Path, frames: int) -> list[dict[str, Any]]
     """A decoder that is mostly weights, and a tower that is mostly activations."""
     import random_checkpoint
 
-    from sfexport.towers import CONVNEXT_XXL
+    from sfexport.checkpoint.vision_tower import CONVNEXT_XXL
 
     write = random_checkpoint.write_random_checkpoint
     write(folder / "decoder", "0.5b")

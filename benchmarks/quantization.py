@@ -25,7 +25,7 @@ import numpy as np
 from measuring import HERE, main_or_child, measure, run
 
 sys.path.insert(0, str(HERE.parent))
-from sfexport.huge_pages import SETTING, TUNABLES  # noqa: E402
+from sfexport.engines.huge_pages import SETTING, TUNABLES  # noqa: E402
 
 PREFILL, STEPS, TIMED, SLOW = 64, 8, 24, (16, 16)  # tokens; frames and tokens of each
 TORCH = "torch eager fp32"
@@ -41,9 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def export_variant(checkpoint: str, out: str, variant: str) -> dict[str, Any]:
-    from sfexport.checkpoint import Checkpoint
-    from sfexport.graphs import quantize
-    from sfexport.graphs.bundle import ExportOptions, export
+    from sfexport.checkpoint.checkpoint import Checkpoint
+    from sfexport.export import rounding as quantize
+    from sfexport.export.export import ExportOptions, export
 
     if variant == "int4 plain":
         quantize.SHRINK = (1.0,)
@@ -57,9 +57,9 @@ class Decoder:
     """A backend fed with random tokens and slow tokens, the same for every variant."""
 
     def __init__(self, backend: str, path: str) -> None:
-        from sfexport.checkpoint import Checkpoint
+        from sfexport.artifacts.manifest import Bundle
+        from sfexport.checkpoint.checkpoint import Checkpoint
         from sfexport.engines.embedding import EmbeddingTable
-        from sfexport.manifest import Bundle
 
         start = time.perf_counter()
         if backend == "torch":
@@ -172,9 +172,9 @@ def demo(variant: str, folder: str, clips: str) -> dict[str, Any]:
     """Right answers of the shipped model, and its logits after every question of the clips."""
     from shapes_accuracy import clips as make_clips
 
+    from sfexport.artifacts.manifest import Bundle
     from sfexport.demo.shipped import SHIPPED
     from sfexport.engines.build import build
-    from sfexport.manifest import Bundle
     from sfexport.qa.pipeline import Pipeline
 
     bundle = Path(folder) / "bundle"
@@ -218,7 +218,7 @@ def run_demo(folder: Path, clips: int) -> dict[str, Any]:
 
 def run_goldens(folder: Path) -> dict[str, Any]:
     """Logits of the test suite's recorded models, as far as one has matrices that can be rounded."""
-    from sfexport.demo.checkpoint import preprocessor_config
+    from sfexport.testing.random_checkpoint import preprocessor_config
 
     out: dict[str, Any] = {"size": "goldens", "variants": {}}
     for golden in sorted(path.parent for path in GOLDENS.glob("*/model.safetensors")):

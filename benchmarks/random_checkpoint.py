@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from sparse_checkpoint import QWEN2_7B, bf16_header  # noqa: E402
 
-from sfexport.demo.checkpoint import (  # noqa: E402
+from sfexport.checkpoint.config import ModelFacts  # noqa: E402
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower  # noqa: E402
+from sfexport.testing.random_checkpoint import (  # noqa: E402
     IMAGE_SIZE,
     TOWER,
     demo_config,
@@ -33,9 +35,7 @@ from sfexport.demo.checkpoint import (  # noqa: E402
     random_tensor,
     to_bf16,
 )
-from sfexport.demo.tokenizer import tokenizer_config, train_tokenizer  # noqa: E402
-from sfexport.facts import ModelFacts  # noqa: E402
-from sfexport.towers import CONVNEXT_XXL, Tower  # noqa: E402
+from sfexport.testing.tokenizer import tokenizer_config, train_tokenizer  # noqa: E402
 
 AT_ONCE = 8 << 20  # weights
 SHARD_BYTES = 4 << 30

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
-from sfexport.demo.world import (
+from sfexport.demo.scenes import (
     FPS,
     OVERVIEW,
     SIZE,
@@ -24,7 +24,7 @@ from sfexport.demo.world import (
 )
 from sfexport.engines.build import build
 from sfexport.engines.interface import KeyValues
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from shapes_accuracy import OTHER_CLIP, check_seed, evaluate, load
 
+from sfexport.demo.scenes import COLOURS, CORNERS, DIGITS, DIRECTIONS, NUMBERS, SHAPES
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import COLOURS, CORNERS, DIGITS, DIRECTIONS, NUMBERS, SHAPES
 
 CHANCE = {
     "colour": 1 / len(COLOURS),

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sfexport.facts import ModelFacts
-from sfexport.towers import CONVNEXT_XXL
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL
 
 SHARDS = 4
 QWEN2_7B: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """The command: `sfexport`, and `python -m sfexport`."""
 
 from sfexport.cli import main
-from sfexport.huge_pages import relaunch_with_huge_pages
+from sfexport.engines.huge_pages import relaunch_with_huge_pages
 
 
 def run() -> None:

@@ -13,11 +13,11 @@ import pytest
 from drawn_clip import write_clip
 from hypothesis import HealthCheck, settings
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 # Examples take longer on a busy machine, which is no fault of what is tested.
 settings.register_profile("sfexport", deadline=None, suppress_health_check=[HealthCheck.too_slow])

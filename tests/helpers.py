@@ -10,8 +10,8 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+from sfexport.artifacts.manifest_files import content_digest
 from sfexport.cli import main
-from sfexport.manifest_files import content_digest
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 INDEX = "model.safetensors.index.json"

@@ -17,11 +17,11 @@ from golden_data import Golden
 from onnx import TensorProto, helper, inliner, shape_inference
 from sessions import model_session
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.manifest import GRAPHS
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.fast_path import cell_weights, frame_weights
+from sfexport.export.export import ExportOptions, export
 from sfexport.graphs import names
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.fast_path import cell_weights, frame_weights
-from sfexport.manifest import GRAPHS
 
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 

@@ -19,14 +19,14 @@ from helpers import assert_says
 from PIL import Image, ImageSequence
 
 import sfexport
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
 from sfexport.demo.run import CLIP, demo_questions
+from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import FPS, SIZE, UPSCALE, video_frames
 from sfexport.engines.build import build
 from sfexport.errors import BundleError, InputError, VideoError
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 from sfexport.video.decoding import Video
 

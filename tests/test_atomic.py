@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from helpers import snapshot
 
-from sfexport import atomic
-from sfexport.atomic import new_directory, new_file, restore
+from sfexport.artifacts import atomic
+from sfexport.artifacts.atomic import new_directory, new_file, restore
+from sfexport.artifacts.manifest_files import describe_files, write_manifest
 from sfexport.errors import InputError
-from sfexport.manifest_files import describe_files, write_manifest
 
 MANIFEST = "manifest.json"
 
@@ -182,7 +182,7 @@ def test_mount_point_is_refused_before_any_work(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from sfexport import atomic
+from sfexport.artifacts import atomic
 from test_atomic import make
 put = atomic._put
 def slowly(*paths):  # widen the window in which two writers meet
@@ -218,7 +218,7 @@ def test_two_writers_take_turns(way: str, tmp_path: Path) -> None:
 ENDED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from sfexport.atomic import new_directory
+from sfexport.artifacts.atomic import new_directory
 
 def end(number, frame):
     raise SystemExit(number)

@@ -32,9 +32,9 @@ from helpers import (
     write_shard,
 )
 
-from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.errors import CheckpointError
-from sfexport.graphs import bundle as bundle_module
+from sfexport.export import export as bundle_module
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = ("-q", "What happens?")
 NORM = "model.norm.weight"
@@ -494,7 +494,7 @@ def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_what_nobody_expected_is_one_paragraph_too(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfexport.inspection.inspect", lambda path: 1 / 0)
+    monkeypatch.setattr("sfexport.artifacts.inspect.inspect", lambda path: 1 / 0)
     result = sfexport("inspect", tree.checkpoint)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ZeroDivisionError: division by zero.")

@@ -27,10 +27,10 @@ from helpers import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sfexport.checkpoint import Checkpoint, Tensor
-from sfexport.demo.checkpoint import to_bf16
+from sfexport.checkpoint.checkpoint import Checkpoint, Tensor
+from sfexport.checkpoint.config import MODEL_TYPE, ModelFacts
 from sfexport.errors import CheckpointError
-from sfexport.facts import MODEL_TYPE, ModelFacts
+from sfexport.testing.random_checkpoint import to_bf16
 
 # Headers.
 

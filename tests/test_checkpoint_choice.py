@@ -26,12 +26,12 @@ from helpers import (
     write_tensors,
 )
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import to_bf16, write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 from sfexport.errors import CheckpointError
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import to_bf16, write_random_checkpoint
 
 SINGLE = "model.safetensors"
 LAYER = "model.layers.1.self_attn."

@@ -12,15 +12,15 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, refusal, set_fields, sfexport
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.config_fields import MAX_FRAMES, ConfigFields
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config_fields import MAX_FRAMES, ConfigFields
+from sfexport.checkpoint.tower_names import named_size, tower_kind
+from sfexport.checkpoint.vision_tower import ConvNextTower, VitTower, tower_from_sizes
 from sfexport.errors import CheckpointError
-from sfexport.facts import ModelFacts
 from sfexport.fields import unknown_fields
-from sfexport.manifest import Bundle
-from sfexport.tower_names import named_size, tower_kind
-from sfexport.towers import ConvNextTower, VitTower, tower_from_sizes
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

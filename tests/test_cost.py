@@ -1,4 +1,4 @@
-"""The formulas of sfexport/cost.py against torch's own counter, the paper's setting and what a quantised bundle holds.
+"""The formulas of planning/flops.py against torch's own counter, the paper's setting and what a quantised bundle holds.
 
 FlopCounterMode has no entry for the CPU's fused attention, so attention runs as plain products here. It counts
 nothing but matrix products and convolutions, and neither do the formulas: they must agree to the last FLOP.
@@ -15,8 +15,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.cost import (
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
+from sfexport.export.weights_layout import plan_weights
+from sfexport.planning.flops import (
     PARTS,
     Call,
     Lengths,
@@ -35,11 +38,8 @@ from sfexport.cost import (
     vision_flops,
     weight_bytes,
 )
-from sfexport.demo.checkpoint import TOWER, demo_config, write_random_checkpoint
-from sfexport.demo.tokenizer import train_tokenizer
-from sfexport.facts import ModelFacts
-from sfexport.graphs.weights_plan import plan_weights
-from sfexport.towers import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
+from sfexport.testing.random_checkpoint import TOWER, demo_config, write_random_checkpoint
+from sfexport.testing.tokenizer import train_tokenizer
 
 KEYS: dict[str, list[int]] = json.loads((Path(__file__).parent / "golden/upstream_7b_keys.json").read_text())
 WIDE = ConvNextTower(depths=(2, 1), widths=(8, 24), stem_patch=8, kernel=5)

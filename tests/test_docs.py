@@ -16,7 +16,7 @@ from helpers import sfexport
 from sfexport.cli import main
 from sfexport.demo.shipped import SHIPPED
 from sfexport.doctor import checks
-from sfexport.kernels.plan import SMS
+from sfexport.kernels.launch_config import SMS
 from sfexport.machines.targets import Target, load_targets
 from sfexport.versions import OLDEST, has_aot_plugins, version_text
 

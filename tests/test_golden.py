@@ -17,13 +17,13 @@ import pytest
 from golden_data import ROOT, Golden, directories, goldens
 from sessions import model_session
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.fast_path import cell_weights, frame_weights, source_frames
 from sfexport.engines.embedding import EmbeddingTable
-from sfexport.facts import FastPathFacts
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.fast_path import cell_weights, frame_weights, source_frames
+from sfexport.export.export import ExportOptions, export
 from sfexport.graphs.names import hidden_name, past_names, present_names, slow_names
-from sfexport.manifest import Bundle
 
 ATOL = 1e-4
 STEPS = 8

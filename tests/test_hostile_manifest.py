@@ -14,11 +14,11 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, edit_json, promise_again, refusal, sfexport
 
+from sfexport.artifacts.inspect import inspect
+from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.artifacts.manifest_files import content_digest
 from sfexport.engines.build import open_backend
 from sfexport.errors import BundleError, SfexportError
-from sfexport.inspection import inspect
-from sfexport.manifest import Bundle, Engines
-from sfexport.manifest_files import content_digest
 
 HOSTILE = [None, True, -1, 0, 10**30, 1.5, float("inf"), "", "/dev/zero", "../x", "\x1b[31m", [], {}, [[1]], 2**40]
 # How many of a bundle's many inputs and outputs are tried.

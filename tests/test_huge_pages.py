@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfexport import huge_pages
+from sfexport.engines import huge_pages
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, refusal, sfexport, split_shard, write_shard
 
-from sfexport import identity
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.artifacts import identity
+from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import BundleError
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import Bundle, Engines
+from sfexport.export.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 HEAD = "lm_head.weight"
 

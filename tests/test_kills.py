@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("SFEXPORT_KILLS", "2"))
 # Reports when the imports are done, so that kills fall into the work.
 COMMAND = """
 import sys
-import sfexport.demo.run, sfexport.commands.build, sfexport.inspection, sfexport.engines.weight_check
+import sfexport.demo.run, sfexport.commands.build, sfexport.artifacts.inspect, sfexport.engines.weight_check
 from sfexport.cli import main
 print("ready", flush=True)
 main(sys.argv[1:])

@@ -24,11 +24,11 @@ from helpers import (
 )
 
 from sfexport import __version__
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines import memory
 from sfexport.engines.build import build
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import Bundle, Engines
+from sfexport.export.export import ExportOptions, export
 
 ASK = ("-q", "What happens?", "--max-new-tokens", 2)
 

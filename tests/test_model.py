@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import demo_config, write_random_checkpoint
-from sfexport.demo.tokenizer import train_tokenizer
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import GATING_TYPES, TOWER_PREFIX, ModelFacts
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, VIT_PREFIX, VitTower, read_tower
 from sfexport.errors import CheckpointError, InputError
-from sfexport.facts import GATING_TYPES, TOWER_PREFIX, ModelFacts
-from sfexport.towers import CONVNEXT_XXL, VIT_PREFIX, VitTower, read_tower
+from sfexport.testing.random_checkpoint import demo_config, write_random_checkpoint
+from sfexport.testing.tokenizer import train_tokenizer
 
 torch = pytest.importorskip("torch")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.errors import InputError
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 

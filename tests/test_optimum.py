@@ -11,9 +11,9 @@ import click
 import pytest
 from helpers import assert_says, sfexport, snapshot, strict_json
 
+from sfexport.artifacts.manifest_files import BUNDLE_FILE
 from sfexport.cli import main
 from sfexport.demo.shipped import SHIPPED
-from sfexport.manifest_files import BUNDLE_FILE
 
 pytest.importorskip("optimum.commands.optimum_cli")
 

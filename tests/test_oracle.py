@@ -11,12 +11,12 @@ import pytest
 from conftest import Tree
 from helpers import FIRST, assert_says, change_tensors, document, refusal, set_fields, sfexport
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import CheckpointError
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import Bundle
+from sfexport.export.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 

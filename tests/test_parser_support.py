@@ -13,14 +13,14 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import TOWER, write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.vision_tower import VitTower
 from sfexport.demo.shipped import SHIPPED
-from sfexport.engines.parser_support import Gap, check_graph, support_for
+from sfexport.engines.tensorrt.parser_support import Gap, check_graph, support_for
 from sfexport.errors import InputError
-from sfexport.graphs.bundle import build_graphs
-from sfexport.graphs.quantize import encode
-from sfexport.towers import VitTower
+from sfexport.export.export import build_graphs
+from sfexport.export.rounding import encode
+from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 
 VERSIONS = ["10.3", "10.9", "10.13", "10.16", "11.4"]
 ROWS = [*VERSIONS, "10.4", "10.5", "10.6", "10.7", "10.8", "10.11", "10.12", "10.14", "10.15", "11.0", "11.2", "11.5"]

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 from helpers import set_fields, snapshot, strict_json
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.cost import Storage, weight_bytes
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.engines.memory import plan_memory, sum_up
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.errors import CheckpointError, InputError
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.machines.targets import find_target, load_targets
+from sfexport.planning.flops import Storage, weight_bytes
 from sfexport.planning.memory import GRAPH_PARTS
 from sfexport.planning.plan import CPU, Plan, plan
 from sfexport.planning.report import show
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ["fp32", "bf16", "int4+bf16", "int4+int8"]

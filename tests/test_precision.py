@@ -17,24 +17,24 @@ from golden_data import Golden, goldens
 from helpers import assert_says, document, edit_json, sfexport
 from rounding import RoundedGolden, RoundedGraph
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import TOWER, write_random_checkpoint
+from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.vision_tower import Tower, VitTower
 from sfexport.demo.clip import write_frames
+from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.engines.build import build
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.onnxruntime_backend import check_precision
 from sfexport.errors import BundleError, InputError
-from sfexport.facts import DECODE_MODES
+from sfexport.export.export import ExportOptions, export
 from sfexport.graphs import names
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.graphs.ops import GraphWriter
-from sfexport.manifest import GRAPHS, PRECISIONS, Bundle
+from sfexport.graphs.writer import GraphWriter
 from sfexport.parity.compare import Tolerance
 from sfexport.parity.run import run_parity
 from sfexport.qa.pipeline import Pipeline
-from sfexport.towers import Tower, VitTower
+from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 
 CLIP = VitTower("clip", 64, 3, 2, 96, 14, 56, -2, 1e-5, "quick_gelu")
 SIGLIP = VitTower("siglip", 48, 3, 3, 64, 14, 70, -2, 1e-6, "gelu_tanh")

@@ -12,11 +12,11 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, document, refusal, set_fields, sfexport
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import preprocessor_config
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageFacts, ProcessorFields, image_notes
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, VitTower
 from sfexport.errors import CheckpointError
-from sfexport.images import CLIP_MEAN, CLIP_STD, ImageFacts, ProcessorFields, image_notes
-from sfexport.towers import CONVNEXT_XXL, VitTower
+from sfexport.testing.random_checkpoint import preprocessor_config
 from sfexport.video.preprocessing import preprocess
 
 CONFIG = {"mm_vision_tower": "convnext-576"}

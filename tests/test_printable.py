@@ -118,14 +118,14 @@ def test_closed_terminal_ends_a_verb_as_sigterm_does(ignored: bool, tmp_path: Pa
     script = f"""
 import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
-import sfexport.inspection
+import sfexport.artifacts.inspect
 def inspect(path):
     try:
         os.kill(os.getpid(), signal.SIGHUP)
     finally:
         print("cleaned up", file=sys.stderr)
     return {{}}
-sfexport.inspection.inspect = inspect
+sfexport.artifacts.inspect.inspect = inspect
 from sfexport.cli import main
 main(["inspect", "x", "--json"])
 """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sfexport.demo.tokenizer import train_tokenizer
 from sfexport.errors import InputError
 from sfexport.qa.prompt import MAX_QUESTION, ChatTokenizer, build_prompt
+from sfexport.testing.tokenizer import train_tokenizer
 
 PROMPTS = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text())
 SPECIAL = {

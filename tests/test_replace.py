@@ -12,7 +12,7 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, edit_json, refusal, set_fields, sfexport, snapshot
 
-from sfexport.engines.readiness import KIT_FILE
+from sfexport.engines.tensorrt.preflight import KIT_FILE
 
 
 def somebodys_engine(path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sfexport.checkpoint.safetensors import read_shard
 from sfexport.errors import CheckpointError
-from sfexport.shards import read_shard
 
 # The library's dtypes grow; these are of 0.8.
 DTYPES_OF = "0.8"

@@ -16,12 +16,12 @@ from helpers import FIRST, SECOND, assert_says, change_tensors, refusal, set_fie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import ModelFacts, ProjectorFacts
 from sfexport.errors import CheckpointError
-from sfexport.facts import ModelFacts, ProjectorFacts
-from sfexport.graphs.ops import GraphWriter
 from sfexport.graphs.vision_encoder import write_projector
+from sfexport.graphs.writer import GraphWriter
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 

@@ -7,7 +7,7 @@ from helpers import assert_says
 from machines import H100, LAPTOP, ORIN_62, ORIN_72, ORIN_NANO, THOR, Device, FakeCuda, FakeProbe, memory
 
 from sfexport.errors import InputError
-from sfexport.kernels.plan import SMS
+from sfexport.kernels.launch_config import SMS
 from sfexport.machines.machine import look
 from sfexport.machines.targets import (
     Target,

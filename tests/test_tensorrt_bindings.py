@@ -17,13 +17,13 @@ from trt_bindings.surface import VERSIONS, Surface
 from trt_bindings.usage import collect
 from trt_bindings.venvs import COMMAND, Environment, cache, find, make
 
-from sfexport.engines.plugin_operations import OPERATIONS
+from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
 from sfexport.graphs.plugin_nodes import PluginSettings
-from sfexport.kernels.plan import Integers, plan_combine, plan_split, tiles_for
+from sfexport.kernels.launch_config import Integers, plan_combine, plan_split, tiles_for
 
 PACKAGE = Path(__file__).parents[1] / "sfexport"
 # Variables that mean something else than elsewhere.
-SPECIAL = {"build_tensorrt.py": {"plan": ""}, "plugin_python.py": {"builder": "IExprBuilder"}}
+SPECIAL = {"build.py": {"plan": ""}, "plugin_v3.py": {"builder": "IExprBuilder"}}
 AHEAD = VERSIONS[1:]  # versions with tensorrt.plugin's ahead-of-time plugins
 DOORS = [("python", version) for version in VERSIONS] + [("ahead", version) for version in AHEAD]
 

@@ -11,9 +11,9 @@ from conftest import Tree
 from helpers import refusal
 
 import sfexport
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.errors import InputError
-from sfexport.graphs.bundle import ExportOptions
+from sfexport.export.export import ExportOptions
 from sfexport.values import as_path, one_of, whole_number
 
 NO_COUNT = ("4", "", 2.5, 4.0, float("nan"), None, True, [4], b"4", 1j, object(), -1, 0, 10**30)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import TOWER, write_random_checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import GATING_TYPES
+from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.engines.build import build
-from sfexport.facts import GATING_TYPES
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.parity.compare import Tolerance
 from sfexport.parity.run import ParityReport, run_parity
 from sfexport.qa.pipeline import Pipeline
-from sfexport.towers import ConvNextTower, Tower, VitTower
+from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 
 pytest.importorskip("torch")
 

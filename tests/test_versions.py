@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sfexport.engines.parser_support import support_for
-from sfexport.engines.plugin import choose_door
+from sfexport.engines.tensorrt.parser_support import support_for
+from sfexport.engines.tensorrt.plugin import choose_door
 from sfexport.errors import InputError
-from sfexport.kernels.plan import SMS
+from sfexport.kernels.launch_config import SMS
 from sfexport.machines.targets import kernel_ptx_isa
 from sfexport.versions import (
     FIRST_AOT_PLUGINS,

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
 from sfexport.demo.run import CLIP
+from sfexport.demo.scenes import FPS, FRAMES, SIZE, UPSCALE, is_sampled, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import FPS, FRAMES, SIZE, UPSCALE, is_sampled, make_scene, video_frames
 from sfexport.engines.build import build
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 
 SIDE, GAP, COLUMNS = 120, 8, 8

@@ -12,7 +12,7 @@ import torch
 from packing import IGNORED, Clips, Example
 from trainee import Trainee, make_collator
 
-from sfexport.demo.world import is_sampled, make_scene
+from sfexport.demo.scenes import is_sampled, make_scene
 from sfexport.model import LlavaQwenSlowFastForCausalLM
 from sfexport.qa.prompt import ChatTokenizer
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sfexport.demo.world import (
+from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD
+from sfexport.demo.scenes import (
     COLOURS,
     CORNERS,
     DETAIL,
@@ -30,7 +31,6 @@ from sfexport.demo.world import (
     render,
     through_camera,
 )
-from sfexport.images import CLIP_MEAN, CLIP_STD
 from sfexport.qa.prompt import ChatTokenizer
 
 IGNORED = -100

@@ -8,11 +8,11 @@ from typing import Any
 
 from trainee import TOWER, make_fields, make_tokenizer
 
-from sfexport.checkpoint import SINGLE_FILE, Checkpoint
-from sfexport.demo.checkpoint import generation_config, preprocessor_config, save_safetensors_bf16
-from sfexport.demo.tokenizer import tokenizer_config
-from sfexport.demo.world import SIZE
+from sfexport.checkpoint.checkpoint import SINGLE_FILE, Checkpoint
+from sfexport.demo.scenes import SIZE
 from sfexport.model import LlavaQwenSlowFastForCausalLM
+from sfexport.testing.random_checkpoint import generation_config, preprocessor_config, save_safetensors_bf16
+from sfexport.testing.tokenizer import tokenizer_config
 
 MAX_NEW_TOKENS = 8
 

@@ -39,7 +39,7 @@ from torch.utils.data import SequentialSampler
 from trainee import TowerTrainee, Trainee, initialise, make_collator, make_config, make_tokenizer, open_gates
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from sfexport.demo.world import TRAINING_SEEDS
+from sfexport.demo.scenes import TRAINING_SEEDS
 from sfexport.model import LlavaQwenSlowFastForCausalLM
 from sfexport.model.activations import ReleaseSReLU
 from sfexport.model.srelu import parameter_groups, srelu_modules

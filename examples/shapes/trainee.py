@@ -11,17 +11,17 @@ from tokenizers import Tokenizer as BpeTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfexport.demo.checkpoint import demo_config
-from sfexport.demo.corpus import CORPUS
-from sfexport.demo.tokenizer import train_tokenizer
-from sfexport.demo.world import FRAMES, SIZE, make_scene
-from sfexport.graphs.fast_path import fast_token_count
+from sfexport.checkpoint.fast_path import fast_token_count
+from sfexport.checkpoint.vision_tower import ConvNextTower
+from sfexport.demo.scenes import FRAMES, SIZE, make_scene
 from sfexport.model import LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM
 from sfexport.model.compressor import fast_tokens, slow_tokens
 from sfexport.model.hybrid_decoder import SlowBranch
 from sfexport.model.vision import ConvNextBlock
 from sfexport.qa.prompt import ChatTokenizer
-from sfexport.towers import ConvNextTower
+from sfexport.testing.corpus import CORPUS
+from sfexport.testing.random_checkpoint import demo_config
+from sfexport.testing.tokenizer import train_tokenizer
 
 TOWER = ConvNextTower(depths=(1, 2), widths=(32, 96), stem_patch=4, kernel=7)
 HYBRID = {"cross_attn_every_n_layers": 2, "cross_attn_min_layer_depth": 0, "cross_attn_max_layer_depth": 4}

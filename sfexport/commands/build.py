@@ -75,10 +75,10 @@ def build(
     With --check: what a TensorRT build for --target will meet, without the target; -o then names a directory to take
     there. Exits with 1 if there is a gap.
     """
+    from sfexport.artifacts.inspect import inspect
     from sfexport.engines.build import build, check_backend, choose_backend, engine_name
     from sfexport.errors import InputError
-    from sfexport.graphs.source import bundle_from
-    from sfexport.inspection import inspect
+    from sfexport.export.open_or_export import bundle_from
 
     options = _tensorrt_options(target, jetpack, tensorrt)
     if check:
@@ -104,7 +104,7 @@ def build(
 
 
 def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, Any]) -> Any:
-    from sfexport.engines.build_tensorrt import TensorRTOptions
+    from sfexport.engines.tensorrt.build import TensorRTOptions
     from sfexport.errors import InputError
     from sfexport.machines.targets import find_target
 
@@ -122,7 +122,7 @@ def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, 
 
 def _wanted(backend: str, options: Any, precision: str, quantize: str | None) -> Any:
     """How a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
-    from sfexport.graphs.source import Wanted
+    from sfexport.export.open_or_export import Wanted
     from sfexport.machines.machine import look
     from sfexport.machines.targets import match_machine
 
@@ -136,8 +136,8 @@ def _check_build(source: Path, output: Path | None, wanted: Any, options: Any, a
     """Print what a build for the target will meet; write a directory for it where one is asked for."""
     from tempfile import TemporaryDirectory
 
-    from sfexport.engines.readiness import KIT_FILE, check_build, write_kit
-    from sfexport.graphs.source import bundle_from
+    from sfexport.engines.tensorrt.preflight import KIT_FILE, check_build, write_kit
+    from sfexport.export.open_or_export import bundle_from
 
     with TemporaryDirectory() as folder:
         beside = Path(folder) / "bundle"

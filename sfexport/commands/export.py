@@ -62,9 +62,9 @@ def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any)
 
     With --quantize the weights are read, rounded and written as they stream by: minutes for a large model.
     """
-    from sfexport.checkpoint import Checkpoint
-    from sfexport.graphs.bundle import ExportOptions, export
-    from sfexport.inspection import inspect
+    from sfexport.artifacts.inspect import inspect
+    from sfexport.checkpoint.checkpoint import Checkpoint
+    from sfexport.export.export import ExportOptions, export
 
     output = output or Path(f"{directory_name(checkpoint)}-bundle")
     bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)

@@ -16,7 +16,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what is in a checkpoint, bundle or engine directory: facts, inputs and outputs, sizes, versions."""
-    from sfexport.inspection import graph_rows, inspect, rows
+    from sfexport.artifacts.inspect import graph_rows, inspect, rows
 
     document = inspect(path)
     if as_json:

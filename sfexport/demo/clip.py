@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from sfexport.atomic import new_file
+from sfexport.artifacts.atomic import new_file
 from sfexport.errors import InputError
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfexport import console
-from sfexport.atomic import is_leftover, new_directory
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.atomic import is_leftover, new_directory
+from sfexport.artifacts.ownership import DROPPINGS
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
+from sfexport.demo.scenes import FPS, SIZE, UPSCALE, Question, is_sampled, make_scene, video_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
-from sfexport.demo.world import FPS, SIZE, UPSCALE, Question, is_sampled, make_scene, video_frames
 from sfexport.engines.build import build, engine_name
 from sfexport.errors import InputError, MissingDependency
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.ownership import DROPPINGS
+from sfexport.export.export import ExportOptions, export
 from sfexport.parity.compare import Tolerance
 from sfexport.qa.pipeline import Pipeline
 

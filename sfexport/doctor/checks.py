@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sfexport.kernels.plan import SMS
+from sfexport.kernels.launch_config import SMS
 from sfexport.machines.machine import Machine
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine, newest_ptx_isa, oldest_cuda
 from sfexport.versions import (

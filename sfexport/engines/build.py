@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfexport.atomic import new_directory
+from sfexport.artifacts.atomic import new_directory
+from sfexport.artifacts.identity import full_sha256
+from sfexport.artifacts.manifest import GRAPHS, Bundle, Engines
+from sfexport.artifacts.manifest_fields import AGAIN
+from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.engines.interface import Backend
 from sfexport.errors import BundleError, InputError, SfexportError
-from sfexport.identity import full_sha256
-from sfexport.manifest import GRAPHS, Bundle, Engines
-from sfexport.manifest_fields import AGAIN
-from sfexport.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.values import as_output, one_of
 
 if TYPE_CHECKING:
-    from sfexport.engines.build_tensorrt import TensorRTOptions
+    from sfexport.engines.tensorrt.build import TensorRTOptions
 
 BACKENDS = ("onnxruntime", "tensorrt", "torch")
 Report = Callable[[str], None]
@@ -37,7 +37,7 @@ def choose_backend(name: str) -> str:
 
 
 def _has_tensorrt() -> bool:
-    from sfexport.engines.tensorrt_library import check_driver, library
+    from sfexport.engines.tensorrt.library import check_driver, library
 
     try:
         library()
@@ -63,7 +63,7 @@ def check_backend(backend: str, precision: str = "auto", tensorrt: TensorRTOptio
 
         check_precision(precision)
     if backend == "tensorrt":
-        from sfexport.engines.build_tensorrt import TensorRTOptions, check_machine
+        from sfexport.engines.tensorrt.build import TensorRTOptions, check_machine
 
         check_machine(tensorrt or TensorRTOptions())
 
@@ -75,7 +75,7 @@ def runtime_version(backend: str) -> str:
 
         return torch_backend.runtime_version()
     if backend == "tensorrt":
-        from sfexport.engines import tensorrt_library
+        from sfexport.engines.tensorrt import library as tensorrt_library
 
         return tensorrt_library.runtime_version()
     from sfexport.engines import onnxruntime_backend
@@ -145,7 +145,7 @@ def _check_graphs(bundle: Bundle) -> None:
     """
     from google.protobuf.message import DecodeError
 
-    from sfexport.graphs.description import describe_graph
+    from sfexport.export.description import describe_graph
 
     for name in GRAPHS:
         try:
@@ -166,7 +166,7 @@ def _build_tensorrt(
     options: TensorRTOptions | None,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    from sfexport.engines.build_tensorrt import TensorRTOptions, build_tensorrt
+    from sfexport.engines.tensorrt.build import TensorRTOptions, build_tensorrt
 
     return build_tensorrt(bundle, directory, options or TensorRTOptions(), report, on_progress, force)
 
@@ -241,10 +241,10 @@ def open_backend(engines: Engines) -> Backend:
 
 def _open_tensorrt(engines: Engines) -> Backend:
     """Raises BundleError for engines of another GPU, SfexportError where there is no driver."""
-    from sfexport.engines.cuda import device_sm
-    from sfexport.engines.plugin import register_plugins
-    from sfexport.engines.tensorrt_backend import TensorRTBackend
-    from sfexport.engines.tensorrt_library import check_driver, library
+    from sfexport.engines.tensorrt.backend import TensorRTBackend
+    from sfexport.engines.tensorrt.cuda import device_sm
+    from sfexport.engines.tensorrt.library import check_driver, library
+    from sfexport.engines.tensorrt.plugin import register_plugins
     from sfexport.kernels.store import StoredKernels
 
     trt = library()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sfexport.checkpoint import Tensor
+from sfexport.checkpoint.checkpoint import Tensor
 from sfexport.errors import InputError
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.manifest_fields import AGAIN
 from sfexport.errors import BundleError
-from sfexport.manifest import Bundle
-from sfexport.manifest_fields import AGAIN
 
 _T = onnx.TensorProto
 _BITS = {

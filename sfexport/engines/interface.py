@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.facts import ModelFacts
+from sfexport.checkpoint.config import ModelFacts
 
 VISION_CHUNK = 8  # most frames that one call of encode_frames gets: engines are built for it
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import onnx
 
+from sfexport.artifacts.manifest import PRECISIONS, Bundle
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
 from sfexport.graphs.names import MASK
-from sfexport.manifest import PRECISIONS, Bundle
 from sfexport.printable import sizes_text
 
 # The CUDA context, TensorRT's own code and its kernels.

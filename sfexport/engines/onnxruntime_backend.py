@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.artifacts.manifest import GRAPHS
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError, MissingDependency, SfexportError
-from sfexport.facts import ModelFacts
 from sfexport.graphs import names
-from sfexport.graphs.fast_path import cell_weights, frame_weights
-from sfexport.manifest import GRAPHS
 from sfexport.versions import FIRST_WEIGHTS_FOLDER, is_older
 
 RUNTIME = "onnxruntime"

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.fast_path import fast_token_count, source_frames
 from sfexport.engines.interface import VISION_CHUNK
 from sfexport.errors import SfexportError
-from sfexport.facts import FastPathFacts
-from sfexport.graphs.fast_path import fast_token_count, source_frames
-from sfexport.manifest import Bundle
 from sfexport.values import whole_number
 
 DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256

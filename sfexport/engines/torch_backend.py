@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.config_fields import ConfigFields
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config_fields import ConfigFields
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import CheckpointError, MissingDependency
 
 if TYPE_CHECKING:
-    from sfexport.graphs.rounded import RoundedMatrix
+    from sfexport.export.dequantize import RoundedMatrix
 
 RUNTIME = "torch"
 INSTALL = "pip install 'sfexport[torch]'"
@@ -83,7 +83,7 @@ def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """
     import torch
 
-    from sfexport.graphs.prequantized import adopt
+    from sfexport.export.gptq_awq import adopt
 
     plain, taken = adopt(checkpoint)
     if not taken:

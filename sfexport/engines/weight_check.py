@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 
-from sfexport.checkpoint import NO_NUMBERS
+from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.checkpoint.checkpoint import NO_NUMBERS
 from sfexport.engines.external_data import stored_tensors
 from sfexport.errors import BundleError, CheckpointError
-from sfexport.graphs.quantize import NOT_FINITE
-from sfexport.manifest import GRAPHS, Bundle
+from sfexport.export.rounding import NOT_FINITE
 from sfexport.printable import size_text
 
 _CHUNK_BYTES = 8 << 20

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sfexport.facts import ModelFacts
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.graphs.initializers import Weights
 from sfexport.graphs.names import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
-from sfexport.graphs.ops import GraphWriter
-from sfexport.graphs.weights import Weights
+from sfexport.graphs.writer import GraphWriter
 
 
 def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:

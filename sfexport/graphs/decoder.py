@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from sfexport.facts import GateFacts, ModelFacts
+from sfexport.checkpoint.config import GateFacts, ModelFacts
 from sfexport.graphs.cross_attention import (
     DOMAIN,
     MASKED,
@@ -30,6 +30,7 @@ from sfexport.graphs.cross_attention import (
     PLUGIN_ATTRIBUTES,
     cross_attention_function,
 )
+from sfexport.graphs.initializers import Weights, even_parts, head_name
 from sfexport.graphs.names import (
     EMBEDS,
     LOGITS,
@@ -42,8 +43,7 @@ from sfexport.graphs.names import (
     present_names,
     slow_names,
 )
-from sfexport.graphs.ops import INT4_OPSET, OPSET, GraphWriter
-from sfexport.graphs.weights import Weights, even_parts, head_name
+from sfexport.graphs.writer import INT4_OPSET, OPSET, GraphWriter
 
 _END = np.iinfo(np.int64).max  # of a Slice: as far as the axis goes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sfexport.facts import ModelFacts
+from sfexport.checkpoint.config import ModelFacts
 
 # vision_encoder
 PIXELS = "pixel_values"

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sfexport.facts import TOWER_PREFIX, ModelFacts, ProjectorFacts
+from sfexport.checkpoint.config import TOWER_PREFIX, ModelFacts, ProjectorFacts
+from sfexport.checkpoint.vision_tower import ConvNextTower, Tower
+from sfexport.graphs.initializers import Weights
 from sfexport.graphs.names import FEATURES, PIXELS, PROJECTED, SLOW_TOKENS
-from sfexport.graphs.ops import GraphWriter
 from sfexport.graphs.vit import write_vit
-from sfexport.graphs.weights import Weights
-from sfexport.towers import ConvNextTower, Tower
+from sfexport.graphs.writer import GraphWriter
 
 
 def build_vision_encoder(

@@ -6,8 +6,8 @@ import math
 
 import onnx_ir as ir
 
-from sfexport.graphs.ops import GraphWriter
-from sfexport.towers import VIT_PREFIX, VitTower
+from sfexport.checkpoint.vision_tower import VIT_PREFIX, VitTower
+from sfexport.graphs.writer import GraphWriter
 
 
 def write_vit(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sfexport.kernels.plan import HEAD_DIMS, SMS
+from sfexport.kernels.launch_config import HEAD_DIMS, SMS
 
 MASKS = ("all", "none", "mixed", "tail", "visual first")
 LARGEST = 700  # slow tokens of a random case: the interpreter is slow, and splits and tails show long before

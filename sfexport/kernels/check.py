@@ -20,7 +20,7 @@ import numpy as np
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.kernels.cases import Case, Tensors, make_tensors, random_case, reference, swept_cases
 from sfexport.kernels.compile import INSTALL
-from sfexport.kernels.plan import tiles_for
+from sfexport.kernels.launch_config import tiles_for
 
 LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2}
 

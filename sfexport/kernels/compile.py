@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sfexport.errors import MissingDependency, SfexportError
-from sfexport.kernels.plan import COMBINE_POSITIONS, COMBINE_WARPS, tiles_for
+from sfexport.kernels.launch_config import COMBINE_POSITIONS, COMBINE_WARPS, tiles_for
 from sfexport.versions import OLDEST, is_older, version_text
 
 SHARED_LIMIT = 48 << 10  # bytes a launch may ask for without an opt-in, which ahead-of-time plugins cannot make

@@ -7,7 +7,7 @@ datacenter GPU: four kv heads and a question of 30 tokens make 16 row tiles for 
 Grouped queries: query [B, heads, S, d] is read as [B * kv heads, group * S, d], so that one tile of rows holds the
 whole group (or a large part of it) and K and V are read once for it.
 
-Importing this module needs triton; sfexport/kernels/plan.py holds what does not.
+Importing this module needs triton; sfexport/kernels/launch_config.py holds what does not.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from sfexport.kernels.cross_attention import cross_attention_combine, cross_attention_split
-from sfexport.kernels.plan import (
+from sfexport.kernels.launch_config import (
     COMBINE_POSITIONS,
     COMBINE_WARPS,
     Integers,

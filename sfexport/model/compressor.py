@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfexport.facts import FastPathFacts
+from sfexport.checkpoint.config import FastPathFacts
 
 
 def pool_cells(tokens: Tensor, k: int) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sfexport.facts import MODEL_TYPE, ModelFacts
-from sfexport.towers import CONVNEXT_XXL, Tower, tower_from_sizes
+from sfexport.checkpoint.config import MODEL_TYPE, ModelFacts
+from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower, tower_from_sizes
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from sfexport.facts import GateFacts, ModelFacts, TextFacts
+from sfexport.checkpoint.config import GateFacts, ModelFacts, TextFacts
 from sfexport.model.qwen2 import Attention, CausalMask, Mlp, RMSNorm, Rotary, attend
 
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.errors import InputError
-from sfexport.facts import DECODE_MODES
 from sfexport.model import caches
 from sfexport.model.configuration import LlavaQwenSlowFastConfig
 from sfexport.model.hybrid_decoder import SlowBranch

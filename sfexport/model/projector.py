@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sfexport.facts import ProjectorFacts
+from sfexport.checkpoint.config import ProjectorFacts
 from sfexport.model.srelu import SReLU
 
 

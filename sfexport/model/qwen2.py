@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
+from sfexport.checkpoint.config import TextFacts
 from sfexport.errors import InputError
-from sfexport.facts import TextFacts
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfexport.towers import ConvNextTower, Tower, VitTower
+from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.image_processor import ImageFacts
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
-from sfexport.facts import DECODE_MODES
-from sfexport.images import ImageFacts
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.parity.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
 from sfexport.qa.pipeline import Pipeline

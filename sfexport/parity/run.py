@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
-from sfexport.facts import DECODE_MODES
-from sfexport.graphs.rounded import rounded_matrices
+from sfexport.export.dequantize import rounded_matrices
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession

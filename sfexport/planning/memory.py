@@ -1,4 +1,4 @@
-"""Memory per way of storing the weights, for TensorRT and for ONNX Runtime's CPU, from the graphs and sfexport.cost."""
+"""Memory per way of storing the weights, for TensorRT and for ONNX Runtime's CPU, from the graphs and flops."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.cost import Storage, weight_bytes
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.interface import VISION_CHUNK
 from sfexport.engines.memory import MemoryPlan, plan_memory, sum_up
 from sfexport.engines.profiles import Profile
-from sfexport.manifest import Bundle
+from sfexport.planning.flops import Storage, weight_bytes
 
 Profiles = Mapping[str, Sequence[Profile]]
 GRAPH_PARTS = {

@@ -11,9 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.config_fields import MAX_FRAMES
-from sfexport.cost import (
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.checkpoint.config_fields import MAX_FRAMES
+from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
+from sfexport.engines.profiles import Limits, resolve_profiles
+from sfexport.engines.tensorrt.build import memory_needs
+from sfexport.errors import InputError
+from sfexport.export.export import ExportOptions, export
+from sfexport.machines.machine import look
+from sfexport.machines.targets import Target, find_target, load_targets, match_machine
+from sfexport.planning.flops import (
     Lengths,
     Storage,
     lengths,
@@ -23,15 +31,7 @@ from sfexport.cost import (
     vision_flops,
     weight_bytes,
 )
-from sfexport.cost import call_flops as flops_of
-from sfexport.engines.build_tensorrt import memory_needs
-from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
-from sfexport.engines.profiles import Limits, resolve_profiles
-from sfexport.errors import InputError
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.machines.machine import look
-from sfexport.machines.targets import Target, find_target, load_targets, match_machine
-from sfexport.manifest import Bundle
+from sfexport.planning.flops import call_flops as flops_of
 from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
 from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
 from sfexport.values import whole_number

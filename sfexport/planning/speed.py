@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfexport.cost import (
+from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.vision_tower import Tower
+from sfexport.machines.targets import Target
+from sfexport.planning.flops import (
     Call,
     Lengths,
     Storage,
@@ -18,9 +21,6 @@ from sfexport.cost import (
     slow_key_value_flops,
     vision_flops,
 )
-from sfexport.facts import ModelFacts
-from sfexport.machines.targets import Target
-from sfexport.towers import Tower
 
 
 @dataclass(frozen=True)

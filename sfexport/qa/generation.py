@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.checkpoint.generation_config import FILE, HINT, SAMPLING, read_generation_config
 from sfexport.errors import InputError, SfexportError
 from sfexport.fields import LARGEST, shown
-from sfexport.generation_config import FILE, HINT, SAMPLING, read_generation_config
 from sfexport.qa import logits as change
 from sfexport.qa.logits import penalise, softmax
 from sfexport.qa.option_rules import RULES, is_number, problem_of, spoken

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.added_tokens import TOKENIZER_FILE
-from sfexport.config_fields import MAX_FRAMES
+from sfexport.artifacts.manifest import Engines
+from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
+from sfexport.checkpoint.config_fields import MAX_FRAMES
+from sfexport.checkpoint.fast_path import fast_token_count
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import VISION_CHUNK, Backend, KeyValues
 from sfexport.errors import InputError
 from sfexport.fields import shown
-from sfexport.graphs.fast_path import fast_token_count
-from sfexport.manifest import Engines
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.prompt import ChatTokenizer
 from sfexport.qa.session import Answer, OnText, Stopwatch, VideoSession, check_question

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfexport.checkpoint.tokenizer_files import END, START, VIDEO_END, VIDEO_START
+from sfexport.checkpoint.tokenizer_making import check_control_tokens, library_errors, make_tokenizer
 from sfexport.errors import BundleError, CheckpointError, InputError
 from sfexport.fields import shown
-from sfexport.tokenizer_files import END, START, VIDEO_END, VIDEO_START
-from sfexport.tokenizer_making import check_control_tokens, library_errors, make_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

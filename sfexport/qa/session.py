@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sfexport.checkpoint.config import DECODE_MODES, TextFacts
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
-from sfexport.facts import DECODE_MODES, TextFacts
 from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from sfexport.checkpoint.image_processor import ImageFacts
 from sfexport.errors import InputError
-from sfexport.images import ImageFacts
 from sfexport.video.resampling import resized_window
 
 WHOLE_STRIPS = 4  # frames up to this many times as long as wide are resized whole, which Pillow does faster

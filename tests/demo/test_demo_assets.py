@@ -13,10 +13,10 @@ import pytest
 from drawn_clip import draw_frames, write_clip
 from tokenizers import Tokenizer
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo import clip as clip_module
-from sfexport.demo.checkpoint import save_safetensors_bf16, to_bf16, write_random_checkpoint
 from sfexport.errors import InputError
+from sfexport.testing.random_checkpoint import save_safetensors_bf16, to_bf16, write_random_checkpoint
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PROMPT = (
@@ -108,7 +108,7 @@ def test_padding_of_the_vocabulary_gets_no_logit(checkpoint: Path, tokenizer: To
 
 def test_same_seed_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     # In another process, so that nothing hangs on its hash seed.
-    code = "import sys, pathlib; from sfexport.demo.checkpoint import write_random_checkpoint as w; "
+    code = "import sys, pathlib; from sfexport.testing.random_checkpoint import write_random_checkpoint as w; "
     code += "w(pathlib.Path(sys.argv[1])); assert not {'torch', 'transformers'} & set(sys.modules)"
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], check=True, cwd=root)
@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sfexport.demo.checkpoint.save_safetensors_bf16", fail)
+    monkeypatch.setattr("sfexport.testing.random_checkpoint.save_safetensors_bf16", fail)
     with pytest.raises(InputError, match="disk full"):
         write_random_checkpoint(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

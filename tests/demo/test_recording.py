@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import assert_says, sfexport
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
 from sfexport.demo.run import CLIP
+from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
-from sfexport.demo.world import FPS, SIZE, UPSCALE, video_frames
 from sfexport.parity.compare import Tolerance, compare
 from sfexport.parity.recording import Recording, largest_difference, unprepare
 from sfexport.video.decoding import Video

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.run import demo_questions
+from sfexport.demo.scenes import DETAIL, OVERVIEW
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import DETAIL, OVERVIEW
 
 SEED, CLIPS = 4242, 40
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 
 pytest.importorskip("torch")
 pytest.importorskip("accelerate")

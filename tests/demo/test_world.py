@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.fast_path import source_frames
+from sfexport.checkpoint.image_processor import ImageFacts
 from sfexport.demo.clip import write_frames
-from sfexport.demo.world import (
+from sfexport.demo.scenes import (
     DETAIL,
     FPS,
     FRAMES,
@@ -24,9 +27,6 @@ from sfexport.demo.world import (
     render,
     video_frames,
 )
-from sfexport.facts import FastPathFacts
-from sfexport.graphs.fast_path import source_frames
-from sfexport.images import ImageFacts
 from sfexport.video.decoding import Video
 from sfexport.video.preprocessing import preprocess
 

@@ -16,10 +16,10 @@ from recorder import Recorder
 from trt_bindings.execution import HostExecution
 from trt_bindings.host_cuda import HostDriver
 
+from sfexport.artifacts.manifest import Bundle
 from sfexport.graphs.cross_attention import DOMAIN, cross_attention_function
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT
 from sfexport.machines.machine import Cuda, Gpu, Machine, look
-from sfexport.manifest import Bundle
 
 VERSIONS = ("10.3", "10.16", "11.4")
 ORIN = Gpu("Orin", 87, 16, 64.0)
@@ -55,7 +55,7 @@ def played_gpu(
     monkeypatch: pytest.MonkeyPatch, version: str, cache: Path, bundle: Bundle | None = None, **recorder: Any
 ) -> Iterator[PlayedGpu]:
     """An AGX Orin with TensorRT `version`; engines compute if a bundle's weights are named."""
-    from sfexport.engines import cuda
+    from sfexport.engines.tensorrt import cuda
 
     driver = HostDriver(sm=87, multiprocessors=16)
     execution = HostExecution(driver, bundle.weights_directory, plugin_bodies()) if bundle else None
@@ -68,8 +68,8 @@ def played_gpu(
         cuda=Cuda(True, "540.4.0", "12.6", (ORIN,), None),
     )
     monkeypatch.setattr(cuda, "bindings", lambda: driver)
-    monkeypatch.setattr("sfexport.engines.build_tensorrt.look", lambda: machine)
-    monkeypatch.setattr("sfexport.engines.tensorrt_library.runtime_version", lambda: made.__version__)
+    monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: machine)
+    monkeypatch.setattr("sfexport.engines.tensorrt.library.runtime_version", lambda: made.__version__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     for function in (cuda.initialise, cuda.device_sm, cuda.load_module):
         function.cache_clear()

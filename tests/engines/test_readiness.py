@@ -11,16 +11,16 @@ import onnx
 import pytest
 from helpers import document, edit_json, refusal, sfexport, strict_json
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.identity import full_sha256
+from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.manifest_files import BUNDLE_FILE
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
-from sfexport.engines import readiness
 from sfexport.engines.memory import plan_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.identity import full_sha256
+from sfexport.engines.tensorrt import preflight as readiness
+from sfexport.export.export import ExportOptions, export
 from sfexport.kernels.store import StoredKernels
-from sfexport.manifest import Bundle
-from sfexport.manifest_files import BUNDLE_FILE
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
 TARGETS = [

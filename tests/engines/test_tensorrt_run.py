@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from gpu import VERSIONS, played_gpu
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
+from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import SHIPPED
-from sfexport.demo.world import FPS, SIZE, UPSCALE, video_frames
 from sfexport.engines.build import build, open_backend
-from sfexport.engines.build_tensorrt import TensorRTOptions
+from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.errors import BundleError, InputError, SfexportError
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.export.export import ExportOptions, export
 from sfexport.kernels.compile import compile_kernels
 from sfexport.kernels.store import StoredKernels, save_kernels
-from sfexport.manifest import Bundle, Engines
 from sfexport.qa.pipeline import Pipeline
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
@@ -125,7 +125,7 @@ def test_engines_from_elsewhere_are_refused_before_they_are_read(made, tmp_path,
         build(bundle, tmp_path / "engines", "tensorrt")
         read = played.recorder.names().count("Runtime.deserialize_cuda_engine")
         played.driver._attributes |= {"major": 9, "minor": 0}
-        from sfexport.engines.cuda import device_sm
+        from sfexport.engines.tensorrt.cuda import device_sm
 
         device_sm.cache_clear()
         with pytest.raises(BundleError, match=r"built on Orin \(SM 8\.7\); this machine's GPU is of SM 9\.0.*"):
@@ -148,7 +148,7 @@ def test_without_a_driver_nothing_of_tensorrt_is_touched(made, tmp_path, monkeyp
             raise RuntimeError("Failed to dlopen libcuda.so.1")
 
         played.driver.cuInit = no_driver
-        from sfexport.engines.cuda import initialise
+        from sfexport.engines.tensorrt.cuda import initialise
 
         initialise.cache_clear()
         with pytest.raises(SfexportError, match="no NVIDIA driver"):
@@ -160,7 +160,7 @@ def test_without_a_driver_nothing_of_tensorrt_is_touched(made, tmp_path, monkeyp
 
 def test_a_ptx_text_is_compiled_once(tmp_path, monkeypatch):
     """However many nodes, contexts and clones launch it."""
-    from sfexport.engines.cuda import Function
+    from sfexport.engines.tensorrt.cuda import Function
 
     with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
         functions = [Function(ptx, "kernel", 128, 0) for ptx in ("// one", "// two", "// one")]

@@ -168,7 +168,7 @@ def _stranger_kinds() -> Iterator[Kind]:
 
 def _moved_beside_another(case: Case) -> None:
     """The recorded place is still right; a checkpoint with other weights lies where the relative one points."""
-    from sfexport.demo.checkpoint import write_random_checkpoint
+    from sfexport.testing.random_checkpoint import write_random_checkpoint
 
     checkpoint = copy(case, "checkpoint")
     command("export", checkpoint, "-o", case.room / BUNDLE, "--weights", "reference")

@@ -14,8 +14,8 @@ from drawn_clip import write_clip
 
 import sfexport
 from fuzz.kinds import Case, Unexpected, Wrong, call, command
-from sfexport.demo.checkpoint import write_random_checkpoint
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = "What happens in the video?"
 FRAMES = np.random.default_rng(7).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)

@@ -10,10 +10,10 @@ from typing import Any
 import sfexport
 from fuzz.base import BUNDLE, CHECKPOINT, CLIP, ENGINES, FRAMES, QUESTION, read, whole
 from fuzz.kinds import Case, Expect, Kind, Wrong, call, command
-from sfexport.checkpoint import Checkpoint
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import Bundle
+from sfexport.export.export import ExportOptions, export
 
 REFUSED, ANSWERED, EITHER = Expect.REFUSED, Expect.ANSWERED, Expect.EITHER
 

@@ -16,12 +16,12 @@ import pytest
 from helpers import assert_says, change_tensors, document, edit_json, sfexport, snapshot, split_shard, write_shard
 from quantized import ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
-from sfexport.checkpoint import Checkpoint
-from sfexport.demo.checkpoint import write_random_checkpoint
-from sfexport.engines.parser_support import check_graph, support_for
+from sfexport.artifacts.manifest import Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import CheckpointError, InputError
-from sfexport.graphs.bundle import ExportOptions, export
-from sfexport.manifest import Bundle
+from sfexport.export.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 BODY = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sfexport.graphs.quantize import (
+from sfexport.export.rounding import (
     ARRAYS,
     BLOCKS,
     block_for,
@@ -21,7 +21,7 @@ from sfexport.graphs.quantize import (
     round_to_int8,
     unpack_int4,
 )
-from sfexport.graphs.weights import even_parts
+from sfexport.graphs.initializers import even_parts
 
 
 @st.composite

@@ -22,13 +22,13 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from sfexport.artifacts.manifest import Bundle
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-from sfexport.engines.plugin_operations import OPERATIONS
+from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
 from sfexport.graphs import names
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT, PluginSettings, count_cross_attention, with_plugin_nodes
 from sfexport.kernels.launch import launch_combine, launch_split
-from sfexport.kernels.plan import Integers, tiles_for
-from sfexport.manifest import Bundle
+from sfexport.kernels.launch_config import Integers, tiles_for
 
 ATTRIBUTES = ("sm", "ptx_isa", "multiprocessors", "head_dim")
 BY_NAME = {operation.name: operation for operation in OPERATIONS}

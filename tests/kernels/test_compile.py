@@ -17,7 +17,7 @@ from sfexport.kernels.compile import (
     ptx_version,
     without_scratch,
 )
-from sfexport.kernels.plan import (
+from sfexport.kernels.launch_config import (
     DTYPES,
     HEAD_DIMS,
     SMS,

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sfexport.kernels.cases import MASKS, swept_cases
-from sfexport.kernels.plan import HEAD_DIMS
+from sfexport.kernels.launch_config import HEAD_DIMS
 
 pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sfexport.checkpoint import Checkpoint
+from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
-from sfexport.engines.plugin_operations import OPERATIONS
-from sfexport.graphs.bundle import ExportOptions, export
+from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
+from sfexport.export.export import ExportOptions, export
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, PluginSettings, count_cross_attention, with_plugin_nodes
 
 pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")

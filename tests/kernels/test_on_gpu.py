@@ -18,14 +18,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sfexport.engines import cuda
-from sfexport.engines.plugin_operations import OPERATIONS, KernelSource
+from sfexport.engines.tensorrt import cuda
+from sfexport.engines.tensorrt.plugin_operations import OPERATIONS, KernelSource
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings
 from sfexport.kernels.cases import MASKS, Case, Tensors, make_tensors, reference
 from sfexport.kernels.check import LIMITS
 from sfexport.kernels.compile import compile_kernels
-from sfexport.kernels.plan import DTYPES, HEAD_DIMS, SMS, Integers
+from sfexport.kernels.launch_config import DTYPES, HEAD_DIMS, SMS, Integers
 from sfexport.kernels.store import StoredKernels
 from sfexport.machines.targets import kernel_ptx_isa
 

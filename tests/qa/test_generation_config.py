@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from helpers import assert_says, document, refusal, set_fields, sfexport
 
+from sfexport.checkpoint.generation_config import GenerationConfig, generation_notes, ignored_fields
 from sfexport.errors import InputError
 from sfexport.fields import LARGEST
-from sfexport.generation_config import GenerationConfig, generation_notes, ignored_fields
 from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.pipeline import Pipeline
 

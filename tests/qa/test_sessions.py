@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.errors import InputError
-from sfexport.facts import DECODE_MODES
 from sfexport.qa import pipeline as pipeline_module
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.pipeline import Pipeline

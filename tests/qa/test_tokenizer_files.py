@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from helpers import assert_says, edit_json, refusal, set_fields, sfexport
 
-from sfexport.demo.checkpoint import write_random_checkpoint
+from sfexport.checkpoint.tokenizer_files import tokenizer_notes
+from sfexport.checkpoint.tokenizer_making import make_tokenizer, write_tokenizer
 from sfexport.errors import CheckpointError
 from sfexport.qa.prompt import ChatTokenizer, build_prompt
-from sfexport.tokenizer_files import tokenizer_notes
-from sfexport.tokenizer_making import make_tokenizer, write_tokenizer
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

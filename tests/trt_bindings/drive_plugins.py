@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from sfexport.engines.plugin import register_plugins
-from sfexport.engines.plugin_operations import OPERATIONS, Operation
+from sfexport.engines.tensorrt.plugin import register_plugins
+from sfexport.engines.tensorrt.plugin_operations import OPERATIONS, Operation
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION, PluginSettings
 from sfexport.kernels.compile import Kernel
 from trt_bindings.expressions import Driven, Tensor, drive_quick, drive_v3, restore

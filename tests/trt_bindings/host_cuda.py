@@ -1,6 +1,6 @@
 """cuda-python's driver module on host memory, so that a TensorRT backend runs on a CPU (with HostExecution).
 
-    monkeypatch.setattr("sfexport.engines.cuda.bindings", lambda: driver)   # driver = HostDriver()
+    monkeypatch.setattr("sfexport.engines.tensorrt.cuda.bindings", lambda: driver)   # driver = HostDriver()
 
 Copies happen at once, kernels cannot be launched. What a GPU would punish is refused: copies outside allocated memory,
 freeing twice.

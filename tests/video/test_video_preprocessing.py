@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageFacts
 from sfexport.errors import InputError
-from sfexport.images import CLIP_MEAN, CLIP_STD, ImageFacts
 from sfexport.video.preprocessing import preprocess
 from sfexport.video.resampling import resized_window
 

@@ -1,0 +1,1 @@
+"""What is written and read back: bundles, engine directories, their manifests."""

@@ -1,0 +1,1 @@
+"""TensorRT: checks, builds, plugins and the runtime."""

@@ -1,0 +1,225 @@
+"""Bundle -> TensorRT engine files: what is checked first, the plugin or its fallback, one engine per graph.
+
+TensorRT itself is driven in sfexport/engines/tensorrt/builder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.engines.memory import MemoryPlan, plan_memory
+from sfexport.engines.profiles import Limits, Profile, resolve_profiles
+from sfexport.engines.tensorrt import cuda
+from sfexport.engines.tensorrt.builder import BuildOptions, OnProgress, build_engine, timing_cache_file
+from sfexport.engines.tensorrt.library import check_driver, library
+from sfexport.engines.tensorrt.plugin import choose_door, register_plugins
+from sfexport.engines.tensorrt.plugin_operations import KernelSource
+from sfexport.engines.weight_check import check_weights
+from sfexport.errors import InputError, MissingDependency, SfexportError
+from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
+from sfexport.kernels.compile import Kernel, compile_kernels
+from sfexport.kernels.store import StoredKernels, save_kernels
+from sfexport.machines.machine import Gpu, Machine, look
+from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
+from sfexport.printable import sizes_text
+from sfexport.values import whole_number
+from sfexport.versions import maps_weights
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """What `sfexport build --backend tensorrt` is asked for.
+
+    Attributes:
+        target: the machine to build for; None: this one, whatever it is.
+        question_tokens, new_tokens, frames: see Limits; frames None: the bundle's own.
+        kernels: directory of compiled kernels; None: compile them with Triton.
+        optimization_level: TensorRT's, 0 to 5; None: its default.
+    """
+
+    target: Target | None = None
+    frames: int | None = None
+    question_tokens: int | None = None
+    new_tokens: int | None = None
+    kernels: Path | None = None
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a number without meaning, whatever is built in the end."""
+        self._limits(1)
+        if self.optimization_level is not None:
+            whole_number(self.optimization_level, "--optimization-level", least=0, most=5)
+
+    def limits(self, bundle: Bundle) -> Limits:
+        return self._limits(bundle.frames)
+
+    def _limits(self, frames: int) -> Limits:
+        given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens}
+        frames = frames if self.frames is None else self.frames
+        return Limits(frames, **{k: v for k, v in given.items() if v is not None})
+
+    def kernel_source(self) -> KernelSource:
+        return compile_kernels if self.kernels is None else StoredKernels(self.kernels)
+
+
+def build_tensorrt(
+    bundle: Bundle,
+    directory: Path,
+    options: TensorRTOptions,
+    report: Report,
+    on_progress: OnProgress,
+    force: bool,
+) -> dict[str, Any]:
+    """Write one .engine per graph into `directory`; returns what engine.json says of them.
+
+    Raises:
+        MissingDependency, SfexportError: TensorRT, driver, GPU or memory are not there; a graph does not build.
+        InputError: the target is not this machine.
+    """
+    trt, machine, gpu = check_machine(options)
+    limits = options.limits(bundle)
+    profiles = resolve_profiles(bundle, limits)
+    if not force:
+        check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
+    weights_read = check_weights(bundle, report)
+    door, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
+    timings = timing_cache_file(gpu.name, trt.__version__)
+    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
+    for name in GRAPHS:
+        report(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
+        graph = _graph_to_build(bundle, name, door, gpu, directory)
+        file = directory / f"{name}.engine"
+        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, report)
+        if graph.parent == directory:
+            graph.unlink()
+    if door == "python":
+        save_kernels(directory, kernels)
+    here = match_machine(machine)
+    return {
+        "target": here.name if here else f"sm{gpu.sm}",
+        "gpu": {"name": gpu.name, "sm": gpu.sm},
+        "plugin": door,
+        "weights_read": weights_read,
+        "limits": asdict(limits),
+        "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
+    }
+
+
+def check_machine(options: TensorRTOptions) -> tuple[Any, Machine, Gpu]:
+    """All of a build that can be refused before there is a bundle; the tensorrt module, this machine and its GPU.
+
+    Raises:
+        MissingDependency, SfexportError: TensorRT, cuda-python, the driver or a GPU are not there.
+        InputError: the target is not this machine, its GPU has no kernels, the directory of kernels holds none.
+    """
+    trt = library()
+    check_driver()
+    machine = look()
+    gpu = _this_gpu(machine)
+    _check_target(options.target, gpu)
+    kernel_ptx_isa(gpu.sm)
+    if options.kernels is not None:
+        options.kernel_source()
+    return trt, machine, gpu
+
+
+def _this_gpu(machine: Machine) -> Gpu:
+    if not machine.gpus:
+        raise SfexportError("There is no NVIDIA GPU on this machine.", cuda.NO_DRIVER)
+    return machine.gpus[0]
+
+
+def _check_target(target: Target | None, gpu: Gpu) -> None:
+    if target is not None and target.sm != gpu.sm:
+        raise InputError(
+            f"Engines for {target.name} (SM {target.sm / 10:.1f}) cannot be built on this machine's {gpu.name} "
+            f"(SM {gpu.sm / 10:.1f}).",
+            "Build on the target itself; sfexport build --check works on any machine.",
+        )
+
+
+def check_build_memory(
+    bundle: Bundle, profiles: dict[str, list[Profile]], machine: Machine, gpu: Gpu, tensorrt_version: str
+) -> None:
+    """Refuse a build that the estimate says will not fit, before time is lost.
+
+    Raises:
+        SfexportError: naming both sizes.
+    """
+    plan = plan_memory(bundle, profiles, maps_weights(tensorrt_version))
+    for what, needs, has in memory_needs(plan, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
+        if has is not None and needs > has:
+            takes, there = sizes_text(1e9 * needs, 1e9 * has)
+            raise SfexportError(
+                f"{what} takes about {takes} (estimated) and there are {there}.",
+                "Export with --precision fp16, use fewer --frames, or --force if you know better (swap, for instance).",
+            )
+
+
+def memory_needs(
+    plan: MemoryPlan, shared: bool, device_gb: float | None, host_gb: float | None
+) -> list[tuple[str, float, float | None]]:
+    """(what, needed, available) in 10^9 bytes. `shared`: CPU and GPU have one memory, of which `host_gb` speaks."""
+    if shared:
+        total = host_gb if host_gb is not None else device_gb
+        return [("Building", plan.build / 1e9, total), ("Answering", plan.run / 1e9, total)]
+    return [
+        ("Building, on the GPU,", plan.build_device / 1e9, device_gb),
+        ("Building, on the host,", plan.build_host / 1e9, host_gb),
+        ("Answering, on the GPU,", plan.run / 1e9, device_gb),
+    ]
+
+
+def _prepare_plugin(
+    trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report
+) -> tuple[str | None, tuple[Kernel, ...]]:
+    """Register the plugin; the door it came through and its kernels, or None where the graph's own nodes must do.
+
+    That is without Triton, and for a GPU or a head size that no kernel is made for.
+
+    Raises:
+        InputError: the directory of kernels that was named lacks them. SfexportError: a kernel does not compile.
+    """
+    if not bundle.facts.slow_fast.hybrid_layers:
+        return None, ()
+    try:
+        source = options.kernel_source()
+        # Once now, so that a kernel that cannot be compiled is found before the build.
+        kernels = source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
+        door = choose_door(trt.__version__, package_version("numpy"))
+        register_plugins(trt, door, source)
+    except (MissingDependency, InputError) as error:
+        if isinstance(error, InputError) and options.kernels is not None:
+            raise
+        report(
+            f"warning: building without the cross-attention plugin. {error} Answers are the same, but slower and with "
+            f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"
+        )
+        return None, ()
+    return door, kernels
+
+
+def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSettings:
+    return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.facts.text.head_dim)
+
+
+def _graph_to_build(bundle: Bundle, name: str, door: str | None, gpu: Gpu, directory: Path) -> Path:
+    """The bundle's own file, or its function-free sibling in `directory`."""
+    file = bundle.graph_file(name)
+    if door is None:
+        return file
+    model = onnx.load(file, load_external_data=False)
+    if not count_cross_attention(model):
+        return file
+    sibling = directory / file.name
+    onnx.save(with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors)), sibling)
+    return sibling

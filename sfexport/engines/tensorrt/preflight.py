@@ -1,0 +1,234 @@
+"""`sfexport build --check`: everything about a build for a target that can be known without the target.
+
+Each graph's nodes, types and opset against that TensorRT's parser; the kernels, compiled for its SM; every tensor's
+shapes; memory. Needs no GPU and no TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sfexport.artifacts.atomic import new_directory
+from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.manifest_files import describe_files, write_manifest
+from sfexport.engines.memory import MemoryPlan, plan_memory
+from sfexport.engines.profiles import Limits, Profile, resolve_profiles
+from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
+from sfexport.engines.tensorrt.parser_support import ParserSupport, check_graph, support_for
+from sfexport.errors import InputError, MissingDependency, SfexportError
+from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
+from sfexport.kernels.compile import SHARED_LIMIT, Kernel, assemble, find_ptxas
+from sfexport.kernels.store import save_kernels
+from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
+from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
+
+KIT_FILE = "check.json"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing checked. `passed` None: it could not be checked here, and `found` says why."""
+
+    subject: str
+    checked: str
+    found: str
+    passed: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return {True: "ok", False: "GAP", None: "not checked"}[self.passed]
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """The verdict on a build. `kernels` are compiled; `profiles` and `memory` are as a build would use them."""
+
+    target: Target
+    limits: Limits
+    precision: str
+    quantize: str | None
+    lines: tuple[Line, ...]
+    profiles: dict[str, list[Profile]]
+    memory: MemoryPlan
+    kernels: tuple[Kernel, ...] = field(repr=False)
+
+    @property
+    def passed(self) -> bool:
+        return all(line.passed is not False for line in self.lines)
+
+    def to_json(self) -> dict[str, Any]:
+        kernels = [{k: v for k, v in asdict(kernel).items() if k != "ptx"} for kernel in self.kernels]
+        return {
+            "passed": self.passed,
+            "target": asdict(self.target),
+            "limits": asdict(self.limits),
+            "precision": self.precision,
+            "quantize": self.quantize,
+            "checks": [asdict(line) | {"verdict": line.verdict} for line in self.lines],
+            "profiles": {g: [asdict(p) for p in profiles] for g, profiles in self.profiles.items()},
+            "memory": self.memory.to_json(),
+            "kernels": kernels,
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        return [(line.subject, line.checked, line.found, line.verdict) for line in self.lines]
+
+
+def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Readiness:
+    """Check a build of `bundle` for `target`.
+
+    Raises:
+        InputError: limits without meaning, a directory that holds no kernels, a TensorRT older than 10.3.
+    """
+    limits = options.limits(bundle)
+    profiles = resolve_profiles(bundle, limits)
+    support = support_for(target.tensorrt)
+    memory = plan_memory(bundle, profiles, maps_weights(target.tensorrt))
+    kernel_lines, kernels = _check_kernels(bundle, target, options)
+    lines = [
+        _check_precision(bundle, target),
+        *_check_graphs(bundle, target, support, plugin=bool(kernels)),
+        *kernel_lines,
+        *_check_profiles(profiles),
+        *_check_memory(memory, target),
+    ]
+    quantize = bundle.content["options"].get("quantize")
+    return Readiness(target, limits, bundle.precision, quantize, tuple(lines), profiles, memory, kernels)
+
+
+def _check_precision(bundle: Bundle, target: Target) -> Line:
+    wanted = [bundle.precision, *(["int4"] if bundle.quantization else [])]
+    passed = set(wanted) <= set(target.precisions)
+    return Line("precision", f"{target.name} computes in it", " with ".join(wanted), passed)
+
+
+def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[Line]:
+    for name in GRAPHS:
+        model = onnx.load(bundle.graph_file(name), load_external_data=False)
+        if plugin:
+            model = with_plugin_nodes(model, plugin_settings(bundle, target.sm, target.multiprocessors))
+        gaps = check_graph(model, name, support, PLUGIN_OPS, bundle.weights_directory)
+        checked = f"nodes, types and opset against TensorRT {target.tensorrt}"
+        opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        if not gaps:
+            yield Line(name, checked, f"{len(model.graph.node)} nodes, opset {opset} of {support.opset}", True)
+        for gap in gaps:
+            yield Line(name, checked, str(gap), False)
+
+
+def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> tuple[list[Line], tuple[Kernel, ...]]:
+    if not bundle.facts.slow_fast.hybrid_layers:
+        return [], ()
+    isa = kernel_ptx_isa(target.sm)
+    checked = f"compiles for SM {target.sm / 10:.1f}, PTX {isa / 10:.1f}"
+    source = options.kernel_source()
+    try:
+        kernels = source(bundle.precision, bundle.facts.text.head_dim, target.sm, isa)
+    except (MissingDependency, InputError) as error:
+        if isinstance(error, InputError) and options.kernels is not None:
+            return [Line("plugin kernels", checked, error.paragraph(), False)], ()
+        return [Line("plugin kernels", checked, error.paragraph(), None)], ()
+    except SfexportError as error:
+        return [Line("plugin kernels", checked, error.paragraph(), False)], ()
+    newest = newest_ptx_isa(target.cuda)
+    takes = f"driver of CUDA {target.cuda} takes PTX {newest / 10:.1f}"
+    lines = [Line("plugin kernels", takes, f"PTX {isa / 10:.1f}", isa <= newest)]
+    lines += [_kernel_line(kernel, checked) for kernel in kernels]
+    door = "ahead of time" if has_aot_plugins(target.tensorrt) else "Python"
+    if aot_needs_old_numpy(target.tensorrt):
+        door += f" with NumPy before {version_text(NEW_NUMPY)}, else Python"
+    lines.append(Line("plugin", f"door into TensorRT {target.tensorrt}", door, True))
+    return lines, kernels
+
+
+def _kernel_line(kernel: Kernel, checked: str) -> Line:
+    ptxas = find_ptxas(kernel.sm)
+    if ptxas is None:
+        return Line(kernel.name, checked, f"{kernel.shared} bytes of shared memory; no ptxas here to assemble it", None)
+    try:
+        used = assemble(kernel, ptxas)
+    except SfexportError as error:
+        return Line(kernel.name, checked, error.paragraph(), False)
+    shared = kernel.shared + used.static_shared
+    found = f"{used.registers} registers, {shared / 1024:.1f} KB shared, {used.spill_stores} bytes spilled"
+    return Line(kernel.name, checked, found, shared <= SHARED_LIMIT)
+
+
+def _check_profiles(profiles: dict[str, list[Profile]]) -> Iterator[Line]:
+    for graph, by_name in profiles.items():
+        for profile in by_name:
+            ordered = all(
+                a <= b <= c for t in profile.tensors for a, b, c in zip(t.least, t.typical, t.most, strict=True)
+            )
+            first = profile.tensors[0]
+            found = f"{len(profile.tensors)} tensors; {first.name} {list(first.least)} to {list(first.most)}"
+            yield Line(graph, f"shapes of profile {profile.name}", found, ordered)
+
+
+def _check_memory(memory: MemoryPlan, target: Target) -> Iterator[Line]:
+    device, host = target.memory_gb, target.memory_gb if target.shared_memory else None
+    for what, needs, has in memory_needs(memory, target.shared_memory, device, host):
+        if has is None:
+            yield Line(
+                "memory", f"{what} fits", f"about {needs:.1f} GB (estimated); the host's memory is not known", None
+            )
+        else:
+            yield Line("memory", f"{what} fits", f"about {needs:.1f} GB of {has:g} GB (estimated)", needs <= has)
+
+
+def write_kit(readiness: Readiness, out: Path) -> None:
+    """A directory to take to the device: kernels, a script that builds there, and a page that says how.
+
+    Raises:
+        InputError: the output cannot be written or holds something else.
+    """
+    with new_directory(out, KIT_FILE) as directory:
+        names = [*save_kernels(directory, readiness.kernels), "build.sh", "README.md"]
+        script = directory / "build.sh"
+        script.write_text(_script(readiness))
+        script.chmod(0o755)
+        (directory / "README.md").write_text(_page(readiness))
+        write_manifest(directory / KIT_FILE, readiness.to_json() | {"files": describe_files(directory, names)})
+
+
+def _script(readiness: Readiness) -> str:
+    limits, target = readiness.limits, readiness.target
+    jetpack = f" --jetpack {target.jetpack}" if target.jetpack else ""
+    kernels = ' --kernels "$here"' if readiness.kernels else ""
+    rounded = f" --quantize {readiness.quantize}" if readiness.quantize else ""
+    return f"""#!/bin/sh
+# Builds TensorRT engines for {target.name} on the machine itself: ./build.sh CHECKPOINT [ENGINES]
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+checkpoint=${{1:?usage: ./build.sh CHECKPOINT [ENGINES]}}
+sfexport doctor --target {target.name}
+sfexport build "$checkpoint" -o "${{2:-engines}}" --backend tensorrt --target {target.name}{jetpack} \\
+    --precision {readiness.precision} --frames {limits.frames} --max-question-tokens {limits.question_tokens} \\
+    --max-new-tokens {limits.new_tokens}{rounded}{kernels}
+"""
+
+
+def _page(readiness: Readiness) -> str:
+    target = readiness.target
+    system = f"JetPack {target.jetpack}" if target.jetpack else f"CUDA {target.cuda}"
+    lines = "\n".join(f"| {' | '.join(c.replace('|', '/') for c in row)} |" for row in readiness.rows())
+    return f"""# Building engines for {target.name}
+
+Checked for {system} and TensorRT {target.tensorrt}, without the machine. On the machine, with sfexport installed and
+this directory and the checkpoint copied there:
+
+    ./build.sh CHECKPOINT engines
+    sfexport ask engines video.mp4 -q "What happens in the video?"
+
+The kernels here are compiled, so that the machine needs no Triton.
+
+| what | checked | found | verdict |
+|---|---|---|---|
+{lines}
+"""

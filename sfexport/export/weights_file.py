@@ -1,0 +1,255 @@
+"""Writing a quantised bundle's weights file in one stream from the checkpoint's shards, as weights_plan has it.
+
+Memory: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
+and some megabytes per thread; nothing is mapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sfexport.checkpoint.checkpoint import DTYPE_BYTES, NO_NUMBERS, Tensor
+from sfexport.errors import CheckpointError
+from sfexport.export.gptq_awq import CENTRE
+from sfexport.export.rounding import (
+    ARRAYS,
+    NOT_FINITE,
+    decode,
+    encode,
+    pack_int4,
+    relative_error,
+    round_to_int4,
+    round_to_int8,
+)
+from sfexport.export.weights_layout import INTEGER, ROUNDED, Item, WeightsPlan
+from sfexport.graphs.initializers import Rows
+
+_COPY_BYTES = 8 << 20
+# Rounded weights kept before they are written: the whole of every matrix in a 7B model's layers.
+_GROUP_BYTES = 64 << 20
+# Weights that a thread works on at a time.
+_TILE = 1 << 21
+# Fewer weights than this are rounded in a second or two.
+_WORTH_REPORTING = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some outputs (or inputs) of a matrix: scales; codes as they are stored; the sums of quantize.Rounded."""
+
+    start: int
+    scales: np.ndarray
+    data: np.ndarray
+    sums: tuple[float, float, float]
+
+
+def write_weights(plan: WeightsPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Write the planned file; what rounding did, for a manifest (see _describe).
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large for the scales' type; a shard has become shorter.
+    """
+    file, sums = plan.shard().path, {}
+    total, done = plan.weights(*INTEGER), 0
+    with (
+        file.open("wb", buffering=0) as stream,
+        ThreadPoolExecutor(_cores()) as pool,
+        _Writer(plan, stream.fileno(), pool) as writer,
+    ):
+        stream.truncate(plan.size)
+        writer.write(plan.header, 0)
+        for item in plan.items:
+            try:
+                sums[item] = writer.write_item(item)
+            except ValueError as error:
+                problem = f"Tensor '{item.source.name}' in {item.source.shard.name} has {error}."
+                raise CheckpointError(problem, NO_NUMBERS) from None
+            before, done = done, done + (item.weights if sums[item] is not None else 0)
+            if total > _WORTH_REPORTING and 10 * done // total > 10 * before // total:
+                report(f"rounding weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} million")
+    return _describe({item: found for item, found in sums.items() if found is not None})
+
+
+def _describe(sums: dict[Item, np.ndarray]) -> dict[str, Any]:
+    """Relative weight errors (quantize.relative_error) of plain rounding and of the searched scales.
+
+    By kind: weights and scales in all, and the error of them all. `matrices`: each by itself. The errors are against
+    the checkpoint's weights; of those that it has as integers and that are taken over there is none.
+    """
+
+    def errors(chosen: list[Item]) -> dict[str, float]:
+        weight, plain, searched = sum((sums[item] for item in chosen), np.zeros(3))
+        return {"plain_error": relative_error(plain, weight), "error": relative_error(searched, weight)}
+
+    out: dict[str, Any] = {}
+    for kind in INTEGER:
+        chosen = [item for item in sums if item.kind == kind]
+        counts = {"weights": sum(item.weights for item in chosen), "scales": sum(item.scales for item in chosen)}
+        out[kind] = counts | errors(chosen)
+    out["matrices"] = {item.name: {"kind": item.kind, "block": item.block, **errors([item])} for item in sums}
+    return out
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summary(rounded: dict[str, Any]) -> str:
+    """One line on what `write_weights` did."""
+    lines = []
+    for kind in ROUNDED:
+        weights, error, plain = (rounded[kind][key] for key in ("weights", "error", "plain_error"))
+        if weights:
+            than = f" ({plain:.2%} with plain rounding)" if error < plain else ""
+            lines.append(f"{kind.upper()}: {weights / 1e6:,.1f} million weights, off by {error:.2%}{than}")
+    if weights := rounded["taken"]["weights"]:
+        lines.append(f"{weights / 1e6:,.1f} million weights in 4 bits taken over as they are")
+    return "; ".join(lines) or "no weight has a form that could be rounded"
+
+
+class _Writer:
+    def __init__(self, plan: WeightsPlan, file: int, pool: ThreadPoolExecutor) -> None:
+        self._plan, self._file, self._pool = plan, file, pool
+        self._background, self._pending = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._background.shutdown()
+        if error[0] is None:
+            self._finish_pending()
+
+    def _finish_pending(self) -> None:
+        """Wait for what `_write_later` was given; raises what went wrong there."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _write_later(self, item: Item, codes: np.ndarray, start: int) -> None:
+        """_write_codes, while the caller goes on; the next call waits for it."""
+        self._finish_pending()
+        self._pending = self._background.submit(self._write_codes, item, codes, start)
+
+    def write(self, data: Any, offset: int) -> None:
+        rest = memoryview(data).cast("B")
+        while rest:
+            count = os.pwrite(self._file, rest, offset)
+            rest, offset = rest[count:], offset + count
+
+    def write_item(self, item: Item) -> np.ndarray | None:
+        """The sums of quantize.Rounded over the item, None for one that stays as it is."""
+        if item.taken is not None:
+            return self._write_taken(item)
+        if item.kind in ROUNDED:
+            return self._write_rounded(item)
+        place, source = self._plan.places[item.name], item.source
+        count, step, mask = math.prod(source.shape), _COPY_BYTES // DTYPE_BYTES[source.dtype], NOT_FINITE[source.dtype]
+        for start in range(0, count, step):
+            values = _read(source, start, min(step, count - start))
+            if ((values.view(mask.dtype) & mask) == mask).any():
+                raise ValueError("values that are not finite numbers")
+            stored = _narrowed(values, place.dtype) if item.kind == "narrow" else values
+            self.write(stored, place.offset + start * DTYPE_BYTES[place.dtype])
+        return None
+
+    def _write_rounded(self, item: Item) -> np.ndarray:
+        inputs, (first, last) = item.source.shape[1], item.span
+        tile = min(512, max(64, _TILE // inputs)) // 2 * 2
+        group = max(1, _GROUP_BYTES * _per_byte(item) // inputs // tile) * tile
+        scales, sums = np.empty((inputs // (item.block or inputs), last - first), np.float32), np.zeros(3)
+        for start in range(first, last, group):
+            stop = min(start + group, last)
+            spans = [(at, min(at + tile, stop)) for at in range(start, stop, tile)]
+            tiles = self._pool.map(functools.partial(_round_tile, item, self._plan.scale_type), spans)
+            codes = np.empty((inputs, (stop - start) // _per_byte(item)), np.uint8)
+            for done in tiles:
+                column, outputs = (done.start - start) // _per_byte(item), done.scales.shape[-1]
+                codes[:, column : column + done.data.shape[1]] = done.data
+                scales[:, done.start - first : done.start - first + outputs] = done.scales
+                sums += done.sums
+            self._write_later(item, codes, start)
+        place = self._plan.places[f"{item.name}.scale"]
+        self.write(encode(scales, self._plan.scale_type), place.offset)
+        return sums
+
+    def _write_taken(self, item: Item) -> np.ndarray:
+        """From the checkpoint's codes, some inputs at a time; either as they are or rounded again."""
+        taken, sums = item.taken, np.zeros(3)
+        (inputs, outputs), unit = taken.shape, max(taken.group, item.block)
+        step = max(1, _TILE // (outputs * unit)) * unit
+        spans = [(at, min(at + step, inputs)) for at in range(0, inputs, step)]
+        scales, zeros = taken.scale_values(), taken.zero_points()
+        convert = functools.partial(_round_again, item, self._plan.scale_type, scales, zeros)
+        codes, scale = self._plan.places[item.codes_name], self._plan.places[f"{item.name}.scale"]
+        for done in self._pool.map(convert, spans):
+            self.write(done.data, codes.offset + done.start * outputs // 2)
+            stored = _narrowed(done.scales, self._plan.scale_type)
+            self.write(stored, scale.offset + done.start // item.block * outputs * stored.itemsize)
+            sums += done.sums
+        if not taken.symmetric and item.kind == "taken":
+            self.write(pack_int4(zeros), self._plan.places[f"{item.name}.zero"].offset)
+        return sums
+
+    def _write_codes(self, item: Item, codes: np.ndarray, start: int) -> None:
+        """Some outputs, from `start` on, of every input: one run of bytes if these are all, else one per input."""
+        (first, last), offset = item.span, self._plan.places[item.codes_name].offset
+        width, column = (last - first) // _per_byte(item), (start - first) // _per_byte(item)
+        if codes.shape[1] == width:
+            self.write(codes, offset)
+            return
+        for i, row in enumerate(codes):
+            self.write(row, offset + i * width + column)
+
+
+def _per_byte(item: Item) -> int:
+    return 2 if item.kind == "int4" else 1
+
+
+def _round_tile(item: Item, scale_type: str, span: Rows) -> _Tile:
+    """Rows first..last-1 of the source, which are outputs."""
+    (first, last), source, inputs = span, item.source, item.source.shape[1]
+    rows = decode(_read(source, first * inputs, (last - first) * inputs), source.dtype).reshape(-1, inputs)
+    weights = np.ascontiguousarray(rows.T)
+    if item.kind == "int4":
+        rounded = round_to_int4(weights, item.block, scale_type)
+        data = pack_int4(rounded.codes)
+    else:
+        rounded = round_to_int8(weights, scale_type)
+        data = rounded.codes.view(np.uint8)
+    return _Tile(first, rounded.scales, data, (rounded.weight, rounded.plain, rounded.searched))
+
+
+def _round_again(item: Item, scale_type: str, scales: np.ndarray, zeros: np.ndarray, span: Rows) -> _Tile:
+    """Inputs first..last-1 of a matrix that the checkpoint has as integers, of which these are scales and zeros."""
+    (first, last), taken = span, item.taken
+    codes, groups = taken.codes_of(first, last), slice(first // taken.group, last // taken.group)
+    if item.kind == "taken":
+        data = pack_int4(codes ^ CENTRE if taken.symmetric else codes)
+        return _Tile(first, scales[groups], data, (0.0, 0.0, 0.0))
+    by_input = (np.repeat(values[groups], taken.group, axis=0).astype(np.float32) for values in (zeros, scales))
+    rounded = round_to_int4((codes - next(by_input)) * next(by_input), item.block, scale_type)
+    return _Tile(first, rounded.scales, pack_int4(rounded.codes), (rounded.weight, rounded.plain, rounded.searched))
+
+
+def _read(tensor: Tensor, start: int, count: int) -> np.ndarray:
+    """`count` stored numbers from the start-th on (bfloat16 as uint16), read and not mapped."""
+    offset = tensor.offset + start * DTYPE_BYTES[tensor.dtype]
+    values = np.fromfile(tensor.shard, ARRAYS[tensor.dtype], count, offset=offset)
+    if len(values) < count:
+        raise CheckpointError(f"The shard {tensor.shard} has become shorter while it was read.", "Get it again.")
+    return values
+
+
+def _narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
+    stored = encode(values, dtype)
+    if not np.isfinite(decode(stored, dtype)).all():
+        raise ValueError(f"values that leave the range of {dtype}")
+    return stored

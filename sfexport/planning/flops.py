@@ -1,0 +1,244 @@
+"""What a Slow-Fast model costs: FLOPs and bytes of every part, from its sizes alone. The one place with such formulas.
+
+Two FLOPs per multiply-add; matrix products and convolutions only, as torch's FlopCounterMode counts. Left out, there
+and here: norms, activations, softmax, rotary angles, pooling and the means that make fast tokens. Attention is counted
+over all positions, masked or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sfexport.checkpoint.config import TOWER_PREFIX, ModelFacts
+from sfexport.checkpoint.fast_path import fast_token_count
+from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
+from sfexport.export.rounding import block_for
+
+PARTS = ("tower", "projector", "compressor", "decoder", "head", "embedding")
+EMBEDDING_BYTES = 2  # the table stays in the checkpoint's file, as a rule in 16 bits
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How numbers are stored.
+
+    Attributes:
+        name: 'fp32', 'fp16', 'bf16', or the decoder's layers and its head: 'int4+fp16', 'int4+int8'.
+        width: bytes of an activation, of a K/V element and of every weight that is not quantised.
+        body_bits, head_bits: of the decoder's and the head's matrices; 4 has a scale per block, 8 one per output,
+            each `width` bytes. What cannot be cut into blocks is not rounded.
+    """
+
+    name: str
+    width: int
+    body_bits: int
+    head_bits: int
+
+    @property
+    def quantised(self) -> bool:
+        return self.body_bits < 16
+
+
+def storages(half: str) -> tuple[Storage, ...]:
+    """What a model can be stored in, widest first. Args: `half`: 'fp16' or 'bf16', the 16 bits it is at home in."""
+    return (
+        Storage("fp32", 4, 32, 32),
+        Storage(half, 2, 16, 16),
+        Storage(f"int4+{half}", 2, 4, 16),
+        Storage("int4+int8", 2, 4, 8),
+    )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt.
+
+    Attributes:
+        frames: sampled from the video. before: text before the video. fast: the video's fast tokens.
+        question: text from the video's end to the answer. slow: the video's slow tokens, which take no position.
+    """
+
+    frames: int
+    before: int
+    fast: int
+    question: int
+    slow: int
+
+    @property
+    def prompt(self) -> int:
+        return self.before + self.fast + self.question
+
+
+def lengths(facts: ModelFacts, tower: Tower, image_size: int, frames: int, before: int, question: int) -> Lengths:
+    """Of a prompt about `frames` frames; one frame is a single image, whose tokens are not pooled."""
+    side = tower.grid(image_size)
+    cells = side**2 if frames == 1 else (side // facts.slow_fast.video_pooling_stride) ** 2
+    fast = fast_token_count(frames, cells, facts.slow_fast.fast)
+    return Lengths(frames, before, fast, question, frames * cells if facts.slow_fast.hybrid_layers else 0)
+
+
+def tower_flops(tower: Tower, image_size: int) -> int:
+    """Of one frame of image_size x image_size pixels."""
+    if isinstance(tower, ConvNextTower):
+        return _convnext_flops(tower, image_size)
+    return _vit_flops(tower, image_size)
+
+
+def _convnext_flops(tower: ConvNextTower, image_size: int) -> int:
+    side = image_size // tower.stem_patch
+    total = 2 * side**2 * 3 * tower.stem_patch**2 * tower.widths[0]
+    for stage, (depth, width) in enumerate(zip(tower.depths, tower.widths, strict=True)):
+        if stage:
+            side //= 2
+            total += 2 * side**2 * 4 * tower.widths[stage - 1] * width
+        # Depthwise convolution, then an MLP four times as wide.
+        total += depth * 2 * side**2 * (tower.kernel**2 * width + 8 * width**2)
+    return total
+
+
+def _vit_flops(tower: VitTower, image_size: int) -> int:
+    cells, width = tower.grid(image_size) ** 2, tower.width
+    tokens = cells + (tower.kind == "clip")
+    layer = 4 * width**2 + 2 * width * tower.intermediate_size + 2 * tokens * width
+    return 2 * cells * 3 * tower.patch**2 * width + tower.num_layers_used * 2 * tokens * layer
+
+
+def projector_flops(facts: ModelFacts, tokens: int) -> int:
+    """Of `tokens` tower features: every cell of every frame, before pooling."""
+    projector, hidden = facts.projector, facts.text.hidden_size
+    if projector.kind == "identity":
+        return 0
+    return 2 * tokens * (projector.in_size * hidden + (projector.depth - 1) * hidden**2)
+
+
+def vision_flops(facts: ModelFacts, tower: Tower, image_size: int, frames: int) -> int:
+    """Tower and projector, all frames."""
+    cells = tower.grid(image_size) ** 2
+    return frames * tower_flops(tower, image_size) + projector_flops(facts, frames * cells)
+
+
+def slow_key_value_flops(facts: ModelFacts, slow: int) -> int:
+    """The compressor's projections of `slow` slow tokens, once per video."""
+    text = facts.text
+    width = 2 * text.num_kv_heads * text.head_dim
+    return 2 * slow * text.hidden_size * width * len(facts.slow_fast.hybrid_layers)
+
+
+@dataclass(frozen=True)
+class DecoderFlops:
+    """Of one call of the decoder."""
+
+    linear: int
+    self_attention: int
+    cross_attention: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.self_attention + self.cross_attention + self.head
+
+
+def decoder_flops(
+    facts: ModelFacts, positions: int, past: int = 0, slow: int = 0, rows: int | None = None, logits: int = 1
+) -> DecoderFlops:
+    """A prefill of `positions` positions behind `past` others, or a decode step (one position).
+
+    Args:
+        slow: slow tokens attended to; 0: the call has no slow tokens.
+        rows: positions that attend to them; None: all.
+        logits: positions whose logits are computed.
+    """
+    text, hybrid = facts.text, len(facts.slow_fast.hybrid_layers) if slow else 0
+    width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    rows = positions if rows is None else rows
+    per_position = 2 * text.hidden_size * (width + kv_width) + 3 * text.hidden_size * text.intermediate_size
+    return DecoderFlops(
+        linear=2 * positions * text.num_layers * per_position,
+        self_attention=4 * positions * (past + positions) * width * text.num_layers,
+        cross_attention=hybrid * rows * width * (4 * slow + 2),  # scores and context, and the gate's one output
+        head=2 * logits * text.hidden_size * text.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the decoder as a session makes it: positions, those before, slow tokens attended to."""
+
+    positions: int
+    past: int
+    slow: int
+
+
+def prefill_calls(facts: ModelFacts, at: Lengths) -> dict[str, Call]:
+    """'before' and 'fast', once per video, and 'question'. Only calls with positions that attend get slow tokens."""
+    attends = facts.slow_fast.attends
+    return {
+        "before": Call(at.before, 0, 0 if attends == "text-after-video" else at.slow),
+        "fast": Call(at.fast, at.before, at.slow if attends == "all" else 0),
+        "question": Call(at.question, at.before + at.fast, at.slow),
+    }
+
+
+def call_flops(facts: ModelFacts, call: Call) -> int:
+    return decoder_flops(facts, call.positions, call.past, call.slow).total
+
+
+def weight_bytes(facts: ModelFacts, tower: Tower, storage: Storage) -> dict[str, int]:
+    """By part (PARTS). A head tied to the embedding counts in both: the decoder holds it, the table stays a file."""
+    out = dict.fromkeys(PARTS, 0)
+    text = facts.text
+    for name, shape in (facts.expected_tensors() | tower.expected_tensors()).items():
+        out[_part(name)] += _tensor_bytes(name, shape, storage)
+    if text.tie_word_embeddings:
+        out["head"] = _matrix_bytes(text.vocab_size, text.hidden_size, storage.head_bits, storage.width)
+    out["embedding"] = EMBEDDING_BYTES * text.vocab_size * text.hidden_size
+    return out
+
+
+def _part(name: str) -> str:
+    if name.startswith(TOWER_PREFIX):
+        return "tower"
+    if name.startswith("model.mm_projector"):
+        return "projector"
+    if "cross_attn_kv_proj" in name:
+        return "compressor"
+    return {"lm_head.weight": "head", "model.embed_tokens.weight": "embedding"}.get(name, "decoder")
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], storage: Storage) -> int:
+    bits = {"decoder": storage.body_bits, "head": storage.head_bits}.get(_part(name))
+    if bits is None or len(shape) != 2 or "cross_attn" in name:
+        return storage.width * math.prod(shape)
+    return _matrix_bytes(*shape, bits, storage.width)
+
+
+def _matrix_bytes(outputs: int, inputs: int, bits: int, width: int) -> int:
+    """A matrix in `bits`, with its scales."""
+    block = {4: block_for(inputs, outputs), 8: inputs}.get(bits)
+    if block is None:
+        return outputs * inputs * (bits // 8 or width)
+    return outputs * inputs * bits // 8 + outputs * inputs // block * width
+
+
+def text_key_value_bytes(facts: ModelFacts, positions: int, width: int) -> int:
+    """K and V of every layer. Args: `width`: bytes of an element."""
+    text = facts.text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * positions * width
+
+
+def slow_key_value_bytes(facts: ModelFacts, slow: int, width: int) -> int:
+    """K and V of every hybrid layer."""
+    text = facts.text
+    return 2 * len(facts.slow_fast.hybrid_layers) * text.num_kv_heads * text.head_dim * slow * width
+
+
+def call_bytes(facts: ModelFacts, weights: Mapping[str, int], call: Call, width: int) -> int:
+    """What a call of the decoder reads at least: every weight once, and the K/V of what it attends to.
+
+    Args:
+        weights: by part, from weight_bytes. width: bytes of a K/V element.
+    """
+    text = text_key_value_bytes(facts, call.past + call.positions, width)
+    return weights["decoder"] + weights["head"] + text + slow_key_value_bytes(facts, call.slow, width)

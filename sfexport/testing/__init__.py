@@ -1,0 +1,1 @@
+"""Small checkpoints and tokenizers, made at random, for tests, benchmarks and users' own tests."""
