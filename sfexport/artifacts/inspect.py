@@ -50,7 +50,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(stored: Checkpoint) -> dict[str, Any]:
-    from sfexport.export.gptq_awq import adopt
+    from sfexport.checkpoint.gptq_awq import adopt
 
     checkpoint, _ = adopt(stored)
     checkpoint.validate()

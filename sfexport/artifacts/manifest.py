@@ -37,8 +37,6 @@ GRAPHS = ("vision_encoder", "compressor", "decoder")
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
 # What a decoder's linear weights can be rounded to.
 QUANTIZATIONS = ("int4",)
-# Methods whose rounding a checkpoint may bring along.
-TAKEN_OVER = ("gptq", "awq")
 # Weights held as integers, by how they became so ('taken': the checkpoint had them), and the bits of each.
 _INTEGER_BITS = {"int4": 4, "int8": 8, "taken": 4}
 EMBEDDING = "model.embed_tokens.weight"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sfexport.artifacts.manifest import TAKEN_OVER
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.small_files import read_optional_json
 from sfexport.errors import CheckpointError
 from sfexport.fields import Fields, read_fields, shown, unknown_fields
 
+METHODS = ("gptq", "awq")  # whose rounding is taken over
 GROUPS = (16, 32, 64, 128, 256)  # what ONNX Runtime fuses
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 HINT = "Export the model's ordinary checkpoint with --quantize int4."
@@ -140,7 +140,7 @@ def _refuse_other_methods(values: dict[str, Any], file: str, default: str | None
     method = values.get("quant_method", default)
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"
-    if method not in TAKEN_OVER:
+    if method not in METHODS:
         raise CheckpointError(
             f"{file}: this checkpoint's weights are rounded by {shown(method)}; sfexport takes over gptq and awq.", HINT
         )

@@ -83,7 +83,7 @@ def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """
     import torch
 
-    from sfexport.export.gptq_awq import adopt
+    from sfexport.checkpoint.gptq_awq import adopt
 
     plain, taken = adopt(checkpoint)
     if not taken:

@@ -25,11 +25,11 @@ from sfexport.artifacts.manifest_files import BUNDLE_FILE, describe_files, place
 from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
 from sfexport.checkpoint.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
 from sfexport.checkpoint.config_fields import MAX_FRAMES
+from sfexport.checkpoint.gptq_awq import Taken, adopt
 from sfexport.checkpoint.tokenizer_files import has_tokenizer
 from sfexport.checkpoint.tokenizer_making import write_tokenizer
 from sfexport.errors import InputError, SfexportError
 from sfexport.export.description import describe_graph
-from sfexport.export.gptq_awq import Taken, adopt
 from sfexport.export.weights_file import summary, write_weights
 from sfexport.export.weights_layout import HEADS, plan_weights
 from sfexport.graphs.compressor import build_compressor

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from sfexport.checkpoint.checkpoint import DTYPE_BYTES, NO_NUMBERS, Tensor
+from sfexport.checkpoint.gptq_awq import CENTRE
 from sfexport.errors import CheckpointError
-from sfexport.export.gptq_awq import CENTRE
 from sfexport.export.rounding import (
     ARRAYS,
     NOT_FINITE,

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfexport.checkpoint.checkpoint import DTYPE_BYTES, Checkpoint, Shard, Tensor
-from sfexport.export.gptq_awq import Taken
+from sfexport.checkpoint.gptq_awq import DECODER_LINEAR, Taken
 from sfexport.export.rounding import block_for
 from sfexport.graphs.initializers import Packed, Rows, even_parts, head_name, part_name
-from sfexport.graphs.names import BODY
 
 FILE = "weights.safetensors"
 HEADS = ("int8", "fp16")
@@ -132,7 +131,7 @@ def _position(tensor: Tensor) -> tuple[str, int]:
 
 
 def _item(tensor: Tensor, taken: Taken | None, rounds: bool) -> Item:
-    block = block_for(tensor.shape[1], tensor.shape[0]) if rounds and BODY.fullmatch(tensor.name) else None
+    block = block_for(tensor.shape[1], tensor.shape[0]) if rounds and DECODER_LINEAR.fullmatch(tensor.name) else None
     if taken and (taken.symmetric or block is None):
         return Item(tensor, "taken", block=taken.group, taken=taken)
     return Item(tensor, "int4", block=block, taken=taken) if block else Item(tensor, "copy")

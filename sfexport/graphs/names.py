@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from sfexport.checkpoint.config import ModelFacts
 
 # vision_encoder
@@ -46,7 +44,3 @@ def present_names(facts: ModelFacts) -> list[str]:
 def hidden_name(layer: int) -> str:
     """What leaves decoder layer `layer`."""
     return f"hidden_states.{layer + 1}"
-
-
-# The linear weights of the decoder's layers; with 4 bits, these are what changes.
-BODY = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")

@@ -12,6 +12,7 @@ less 8 are ours, symmetric; TensorRT takes no other.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy as np
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor
 from sfexport.checkpoint.quantization_config import HINT, Quantization, read_quantization
 from sfexport.errors import CheckpointError
-from sfexport.graphs.names import BODY
 
+# The linear weights of the decoder's layers; with 4 bits, these are what changes.
+DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CENTRE = 8
 # AWQ: the output that each 4 bits of a number hold, the lowest bits first.
@@ -114,7 +116,7 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
             continue
         if f"{name.removesuffix('.weight')}.qweight" not in checkpoint.tensors:
             continue
-        if not BODY.fullmatch(name):
+        if not DECODER_LINEAR.fullmatch(name):
             raise CheckpointError(
                 f"'{name}' is rounded to 4 bits; sfexport takes that over of the decoder layers' own weights only.",
                 "Quantise again with it in modules_to_not_convert, or take the ordinary checkpoint.",
