@@ -90,6 +90,7 @@ lock:
 lint: .venv/$(READY)
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	if [ -x .venv/bin/lint-imports ]; then .venv/bin/lint-imports; fi
 
 format: .venv/$(READY)
 	.venv/bin/ruff check --fix $(SOURCES)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from sfexport.__version__ import __version__
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sfexport.qa.pipeline import Pipeline
 
-__all__ = ["load"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(engines: str | Path) -> Pipeline:

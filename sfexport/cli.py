@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import click
 
-from sfexport import __version__, console
+from sfexport import console
+from sfexport.__version__ import __version__
 from sfexport.commands.ask import ask
 from sfexport.commands.build import build
 from sfexport.commands.demo import demo

@@ -1,6 +1,6 @@
 """Every version that sfexport compares with, once: for doctor, build, the plugins and pyproject's ranges.
 
-What a kind of machine has is in machines/targets.toml, what TensorRT's parser takes in engines/parser_support.toml.
+What a kind of machine has is in machines/targets.toml, what TensorRT's parser takes in parser_support.toml.
 """
 
 from __future__ import annotations

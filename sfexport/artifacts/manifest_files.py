@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sfexport import __version__
+from sfexport.__version__ import __version__
 from sfexport.artifacts.atomic import restore
 from sfexport.artifacts.identity import full_sha256
 from sfexport.artifacts.manifest_fields import AGAIN, damaged, read_manifest

@@ -1,7 +1,7 @@
 """Checkpoint -> bundle: the three graphs, side files and manifest in one directory. No torch.
 
 Weights stay where they are unless the bundle cannot point at them (see `WEIGHTS`). A quantised bundle has a weights
-file of its own (see weights_plan).
+file of its own (see weights_layout).
 """
 
 from __future__ import annotations

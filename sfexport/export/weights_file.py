@@ -1,4 +1,4 @@
-"""Writing a quantised bundle's weights file in one stream from the checkpoint's shards, as weights_plan has it.
+"""Writing a quantised bundle's weights file in one stream from the checkpoint's shards, as weights_layout has it.
 
 Memory: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
 and some megabytes per thread; nothing is mapped.

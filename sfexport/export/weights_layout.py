@@ -112,7 +112,7 @@ def plan_weights(
     Args:
         scale_type: 'F32', 'F16' or 'BF16', as the graphs compute.
         head: 'int8', or 'fp16': 16 bits wide, as it is where it is stored so.
-        taken: what the checkpoint has in the place of some weights (prequantized.adopt).
+        taken: what the checkpoint has in the place of some weights (gptq_awq.adopt).
         rounds: round linear weights, and those of `taken` again that are not symmetric; else take over what there is.
     """
     text, items, taken = checkpoint.facts.text, [], taken or {}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sfexport import __version__
+from sfexport.__version__ import __version__
 from sfexport.graphs.initializers import Packed, Rows, Weights, part_name
 
 OPSET = 18

@@ -5,7 +5,7 @@ Two doors lead into TensorRT and both launch the same PTX:
     ahead of time   a quick plugin whose PTX is stored in the engine; nothing of sfexport is needed to run it
     python          an IPluginV3 in Python that launches the PTX itself; its class must be registered to run
 
-What the plugins take is in plugin_operations.py; the doors are plugin_ahead.py and plugin_python.py.
+What the plugins take is in plugin_operations.py; the doors are plugin_aot.py and plugin_v3.py.
 """
 
 from __future__ import annotations
