@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from helpers import set_fields
 
-from fuzz.base import expect_same, through_checkpoint
-from fuzz.kinds import Expect, Kind
+from fuzz.base import CHECKPOINT, Reading, expect_same, through_checkpoint, whole
+from fuzz.kinds import Case, Expect, Kind, Wrong
 from fuzz.oracle import same_as_torch
 
 REFUSED, ANSWERED, EITHER = Expect.REFUSED, Expect.ANSWERED, Expect.EITHER
@@ -109,9 +110,23 @@ def _preprocessor_kinds() -> Iterator[Kind]:
                 yield Kind(
                     f"preprocessor_config.json {field}: {name}",
                     "pictures",
-                    partial(through_checkpoint, damage=_field("preprocessor_config.json", field, value)),
+                    partial(
+                        through_checkpoint,
+                        damage=_field("preprocessor_config.json", field, value),
+                        right=_expect_rescaled if (field, name) == ("rescale_factor", "fraction") else expect_same,
+                    ),
                     REFUSED if name in NEVER[kind] else EITHER,
                 )
+
+
+def _expect_rescaled(case: Case, found: Reading) -> None:
+    """Raises Wrong unless pixels are (v f - mean) / std, as transformers' image processors define it."""
+    fields = json.loads((case.base / CHECKPOINT / "preprocessor_config.json").read_text(encoding="utf-8"))
+    mean, std = (np.array(fields[name]).reshape(3, 1, 1) for name in ("image_mean", "image_std"))
+    values = (whole(case.base).pixels * std + mean) * 255
+    wanted = (values * NONSENSE["fraction"] - mean) / std
+    if not np.abs(found.pixels - wanted).max() <= 1e-4 * np.abs(wanted).max():
+        raise Wrong(f"pixels are off by {np.abs(found.pixels - wanted).max():.3g}")
 
 
 # Values that mean something: applied, or refused by name; what PyTorch makes of the checkpoint is the measure.
