@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from frames_plot import Line, draw  # noqa: E402
 from sparse_checkpoint import QWEN2_7B  # noqa: E402
 
-from sfexport.checkpoint.config import ModelFacts  # noqa: E402
+from sfexport.checkpoint.config import ModelConfig  # noqa: E402
 from sfexport.planning.flops import Lengths, decoder_flops, prefill_calls, slow_key_value_flops  # noqa: E402
 
 FRAMES = (16, 32, 64, 96, 128, 256, 512, 1024, 1536)
@@ -47,10 +47,10 @@ def all_frames_lengths(frames: int) -> Lengths:
     return Lengths(frames, BEFORE, frames * CELLS, QUESTION, 0)
 
 
-def prompt_flops(facts: ModelFacts, at: Lengths) -> tuple[int, int]:
+def prompt_flops(config: ModelConfig, at: Lengths) -> tuple[int, int]:
     """Of the decoder, the whole prompt in one call, its text attending to the slow tokens; and of the slow K/V."""
-    decoder = decoder_flops(facts, at.prompt, slow=at.slow, rows=at.before + at.question).total
-    return decoder, slow_key_value_flops(facts, at.slow)
+    decoder = decoder_flops(config, at.prompt, slow=at.slow, rows=at.before + at.question).total
+    return decoder, slow_key_value_flops(config, at.slow)
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ class Decoder:
         random_checkpoint.write_random_checkpoint(folder / "checkpoint", "frames")
         checkpoint = Checkpoint.open(folder / "checkpoint")
         bundle = export(checkpoint, folder / "bundle", ExportOptions(weights="reference"))
-        self._backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.facts)
-        self.facts = bundle.facts
+        self._backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.config)
+        self.config = bundle.config
         self._rng = np.random.default_rng(0)
 
     def _embeds(self, *shape: int) -> np.ndarray:
-        return self._rng.standard_normal((*shape, self.facts.text.hidden_size), dtype=np.float32)
+        return self._rng.standard_normal((*shape, self.config.text.hidden_size), dtype=np.float32)
 
     def prefill(self, at: Lengths) -> Seconds:
         """A session's calls on random embeddings: before the video, its fast tokens, the question."""
         slow, compressor = self._compress(at) if at.slow else (None, 0.0)
-        calls = prefill_calls(self.facts, at)
+        calls = prefill_calls(self.config, at)
         pieces = [(piece, call.slow) for call in calls.values() for piece in _pieces(call.positions)]
         past, total = None, 0.0
         for positions, attends in pieces:
@@ -102,8 +102,8 @@ class Decoder:
         return Seconds(compressor, total)
 
     def _compress(self, at: Lengths) -> tuple[Any, float]:
-        fast = replace(self.facts.slow_fast.fast, temporal_stride=at.frames // FEWEST)
-        self._backend.facts = replace(self.facts, slow_fast=replace(self.facts.slow_fast, fast=fast))
+        fast = replace(self.config.slow_fast.fast, temporal_stride=at.frames // FEWEST)
+        self._backend.config = replace(self.config, slow_fast=replace(self.config.slow_fast, fast=fast))
         tokens = self._embeds(at.frames, CELLS)
         start = time.perf_counter()
         fast_tokens, slow = self._backend.compress(tokens)
@@ -136,11 +136,11 @@ def measure(run: Callable[[Lengths], Seconds], settings: list[Lengths], repeats:
     return {at: min(runs, key=lambda seconds: seconds.whole) for at, runs in found.items()}
 
 
-def computed_table(facts: ModelFacts) -> list[str]:
+def computed_table(config: ModelConfig) -> list[str]:
     """Both sides against their own 16 frames."""
 
     def flops(at: Lengths) -> int:
-        return sum(prompt_flops(facts, at))
+        return sum(prompt_flops(config, at))
 
     ours, theirs = (flops(lengths(FEWEST)) for lengths in (slow_fast_lengths, all_frames_lengths))
     rows = []
@@ -154,7 +154,7 @@ def computed_table(facts: ModelFacts) -> list[str]:
     return [head, "|---:" * 6 + "|", *rows]
 
 
-def measured_table(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> list[str]:
+def measured_table(config: ModelConfig, seconds: dict[Lengths, Seconds]) -> list[str]:
     """Both sides against their own 16 frames; FLOPs of the same decoder beside."""
     first, plain = slow_fast_lengths(FEWEST), seconds[all_frames_lengths(FEWEST)].decoder
     rows = []
@@ -164,7 +164,7 @@ def measured_table(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> list[s
         growths = [
             ours.decoder / seconds[first].decoder,
             ours.whole / seconds[first].whole,
-            sum(prompt_flops(facts, at)) / sum(prompt_flops(facts, first)),
+            sum(prompt_flops(config, at)) / sum(prompt_flops(config, first)),
         ]
         others = ["", "", ""]
         if every:
@@ -176,10 +176,10 @@ def measured_table(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> list[s
     return [head, "|---:" * 9 + "|", *rows]
 
 
-def against_plain(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> str:
+def against_plain(config: ModelConfig, seconds: dict[Lengths, Seconds]) -> str:
     """A sentence: 128 frames against 16 in self-attention, the paper's comparison."""
     most, plain = slow_fast_lengths(128), all_frames_lengths(FEWEST)
-    computed = sum(prompt_flops(facts, most)) / sum(prompt_flops(facts, plain))
+    computed = sum(prompt_flops(config, most)) / sum(prompt_flops(config, plain))
     text = f"Against 16 frames in self-attention, without slow branch, 128 frames cost {_growth(computed)} FLOPs in 7 B"
     if most not in seconds:
         return text + "."
@@ -192,10 +192,10 @@ def _growth(ratio: float) -> str:
     return f"{ratio - 1:+.1%}" if ratio < 10 else f"x{ratio:,.0f}"
 
 
-def lines(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> list[Line]:
+def lines(config: ModelConfig, seconds: dict[Lengths, Seconds]) -> list[Line]:
     """The plot's lines, relative to 16 frames in self-attention."""
 
-    def computed(of: ModelFacts, lengths: Callable[[int], Lengths]) -> list[tuple[float, float]]:
+    def computed(of: ModelConfig, lengths: Callable[[int], Lengths]) -> list[tuple[float, float]]:
         base = prompt_flops(of, all_frames_lengths(FEWEST))[0]
         return [(n, sum(prompt_flops(of, lengths(n))) / base) for n in FRAMES]
 
@@ -203,9 +203,9 @@ def lines(facts: ModelFacts, seconds: dict[Lengths, Seconds]) -> list[Line]:
     ours = [(at.frames, s.whole / plain) for at, s in seconds.items() if at.slow]
     theirs = [(at.frames, s.decoder / plain) for at, s in seconds.items() if not at.slow]
     return [
-        Line("all frames in self-attention, 7 B, FLOPs", "#c44e52", computed(facts, all_frames_lengths), dashed=True),
+        Line("all frames in self-attention, 7 B, FLOPs", "#c44e52", computed(config, all_frames_lengths), dashed=True),
         Line("all frames in self-attention, measured", "#c44e52", sorted(theirs), points=True),
-        Line("slow-fast, 7 B, FLOPs", "#4c72b0", computed(facts, slow_fast_lengths), dashed=True),
+        Line("slow-fast, 7 B, FLOPs", "#4c72b0", computed(config, slow_fast_lengths), dashed=True),
         Line("slow-fast, measured", "#4c72b0", sorted(ours), points=True),
     ]
 
@@ -247,9 +247,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, help="directory for frames.md and frames.svg")
     options = parser.parse_args()
-    facts = ModelFacts.from_config(QWEN2_7B)
+    config = ModelConfig.from_dict(QWEN2_7B)
     if options.computed:
-        print("\n".join(computed_table(facts)))
+        print("\n".join(computed_table(config)))
         return
     frames = (16, 32) if options.quick else FRAMES
     repeats = 1 if options.quick else options.repeats
@@ -259,14 +259,14 @@ def main() -> None:
         decoder = Decoder(Path(folder))
         decoder.prefill(slow_fast_lengths(FEWEST))  # not timed
         seconds = measure(decoder.prefill, settings, repeats)
-        measured = measured_table(decoder.facts, seconds)
-    remark = against_plain(facts, seconds)
+        measured = measured_table(decoder.config, seconds)
+    remark = against_plain(config, seconds)
     print("\n".join([*measured, remark]))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        text = page(computed_table(facts), measured, remark, repeats, _about())
+        text = page(computed_table(config), measured, remark, repeats, _about())
         (options.output / "frames.md").write_text(text)
-        plot = draw(lines(facts, seconds), "frames", "prefill, times 16 frames' in self-attention")
+        plot = draw(lines(config, seconds), "frames", "prefill, times 16 frames' in self-attention")
         (options.output / "frames.svg").write_text(plot)
 
 

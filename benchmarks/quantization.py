@@ -71,12 +71,12 @@ class Decoder:
             from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 
             bundle = Bundle.open(Path(path))
-            self.backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.facts)
+            self.backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.config)
             table = bundle.embedding()
         self.load_seconds = time.perf_counter() - start
         self.embed = EmbeddingTable(table)
         rng = np.random.default_rng(0)
-        text = self.backend.facts.text
+        text = self.backend.config.text
         slow = rng.standard_normal((*SLOW, text.hidden_size), dtype=np.float32)
         self.slow = self.backend.compress(slow)[1]
         self.ids = rng.integers(0, text.vocab_size, PREFILL + STEPS)

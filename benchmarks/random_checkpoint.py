@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from sparse_checkpoint import QWEN2_7B, bf16_header  # noqa: E402
 
-from sfexport.checkpoint.config import ModelFacts  # noqa: E402
+from sfexport.checkpoint.config import ModelConfig  # noqa: E402
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower  # noqa: E402
 from sfexport.testing.random_checkpoint import (  # noqa: E402
     IMAGE_SIZE,
@@ -71,7 +71,7 @@ def write_random_checkpoint(path: Path, size: str = "0.5b", seed: int = 0) -> in
     for name, content in files.items():
         (path / name).write_text(json.dumps(content, indent=2))
     tokenizer.save(str(path / "tokenizer.json"))
-    shapes = ModelFacts.from_config(config).expected_tensors() | tower.expected_tensors()
+    shapes = ModelConfig.from_dict(config).expected_tensors() | tower.expected_tensors()
     shards = list(_shards(shapes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):

@@ -44,7 +44,7 @@ def with_torch(checkpoint: str, out: str, precision: str) -> dict[str, Any]:
 
     dtype = getattr(torch, PRECISIONS[precision])
     model = LlavaQwenSlowFastForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-    text, layers = model.config.facts.text, len(model.config.facts.slow_fast.hybrid_layers)
+    text, layers = model.config.model_config.text, len(model.config.model_config.slow_fast.hybrid_layers)
     embeds = torch.zeros(1, TOKENS, text.hidden_size, dtype=dtype)
     key_values = torch.zeros(1, layers, 2, text.num_kv_heads, SLOW, text.head_dim, dtype=dtype)
     positions = torch.arange(TOKENS)[None]

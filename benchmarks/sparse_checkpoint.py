@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL
 
 SHARDS = 4
@@ -49,7 +49,7 @@ def write_sparse_checkpoint(path: Path, config: dict[str, Any] | None = None) ->
     config = config or QWEN2_7B
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    shapes = ModelFacts.from_config(config).expected_tensors() | CONVNEXT_XXL.expected_tensors()
+    shapes = ModelConfig.from_dict(config).expected_tensors() | CONVNEXT_XXL.expected_tensors()
     total = sum(2 * math.prod(shape) for shape in shapes.values())
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(SHARDS)]
     written = 0

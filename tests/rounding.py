@@ -97,7 +97,7 @@ class RoundedGolden:
         (checkpoint / "preprocessor_config.json").write_text(json.dumps({"size": size}))
         options = ExportOptions(weights="copy", precision=precision)
         self.bundle = export(Checkpoint.open(checkpoint), folder / "bundle", options)
-        self.facts = self.bundle.facts
+        self.config = self.bundle.config
         self.vision, self.compressor, self.decoder = (RoundedGraph(self.bundle.graph_file(name)) for name in GRAPHS)
 
     def slow(self) -> np.ndarray:
@@ -105,7 +105,7 @@ class RoundedGolden:
         return self.vision({names.PIXELS: pixels})[names.PROJECTED if len(pixels) == 1 else names.SLOW_TOKENS]
 
     def compress(self, slow: np.ndarray) -> dict[str, np.ndarray]:
-        fast = self.facts.slow_fast.fast
+        fast = self.config.slow_fast.fast
         feeds = {names.SLOW_TOKENS: slow, names.FRAME_WEIGHTS: frame_weights(len(slow), fast)}
         if fast.spatial_stride > 1:
             feeds[names.CELL_WEIGHTS] = cell_weights(slow.shape[1], fast.spatial_stride)
@@ -113,19 +113,21 @@ class RoundedGolden:
 
     def logits(self) -> np.ndarray:
         """[L, V], one position at a time."""
-        slow, text, found = self.slow(), self.facts.text, []
+        slow, text, found = self.slow(), self.config.text, []
         compressed = self.compress(slow)
         embeds = self._merge(compressed[names.FAST_TOKENS])
         attends = self.golden.outputs["token_types"][0] <= 2
-        assert self.facts.slow_fast.attends == "text"
-        past = {n: np.zeros((1, text.num_kv_heads, 0, text.head_dim), np.float32) for n in names.past_names(self.facts)}
-        fixed = {n: compressed[n] for n in names.slow_names(self.facts)}
+        assert self.config.slow_fast.attends == "text"
+        past = {
+            n: np.zeros((1, text.num_kv_heads, 0, text.head_dim), np.float32) for n in names.past_names(self.config)
+        }
+        fixed = {n: compressed[n] for n in names.slow_names(self.config)}
         fixed[names.SLOW_LENGTHS] = np.array([slow.shape[0] * slow.shape[1]])
         for i in range(len(embeds)):
             here = {names.EMBEDS: embeds[None, i : i + 1], names.POSITIONS: np.array([[i]])}
             here |= {names.MASK: np.ones((1, i + 1), bool), names.SLOW_ATTENDS: attends[None, i : i + 1]}
             out = self.decoder(here | past | fixed)
-            past = {p: out[q] for p, q in zip(past, names.present_names(self.facts), strict=True)}
+            past = {p: out[q] for p, q in zip(past, names.present_names(self.config), strict=True)}
             found.append(out[names.LOGITS][0])
         return np.stack(found)
 

@@ -28,7 +28,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor
-from sfexport.checkpoint.config import MODEL_TYPE, ModelFacts
+from sfexport.checkpoint.config import MODEL_TYPE, ModelConfig
 from sfexport.errors import CheckpointError
 from sfexport.testing.random_checkpoint import to_bf16
 
@@ -138,17 +138,17 @@ FIELDS = [
 @given(field=st.sampled_from(FIELDS), value=values.filter(lambda v: not isinstance(v, int) or v < 100))
 def test_any_value_in_the_configuration_is_taken_or_explained(tree: Tree, field: str, value: object) -> None:
     checkpoint = Checkpoint.open(tree.checkpoint)
-    changed = Checkpoint(checkpoint.path, checkpoint.config | {field: value}, checkpoint.shards, checkpoint.tensors)
+    changed = Checkpoint(checkpoint.path, checkpoint.raw_config | {field: value}, checkpoint.shards, checkpoint.tensors)
     with contextlib.suppress(CheckpointError):
         changed.validate()
 
 
 def test_limits_and_defaults_are_read(tree: Tree) -> None:
-    config = Checkpoint.open(tree.checkpoint).config
-    facts = ModelFacts.from_config(config | {"tokenizer_model_max_length": None, "rope_theta": None})
-    assert facts.text.max_length is None
-    assert facts.text.rope_theta == 10000.0
-    renamed = ModelFacts.from_config(config | {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}})
+    raw = Checkpoint.open(tree.checkpoint).raw_config
+    config = ModelConfig.from_dict(raw | {"tokenizer_model_max_length": None, "rope_theta": None})
+    assert config.text.max_length is None
+    assert config.text.rope_theta == 10000.0
+    renamed = ModelConfig.from_dict(raw | {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}})
     assert renamed.text.rope_theta == 5e5
 
 

@@ -14,7 +14,7 @@ from helpers import assert_says, refusal, set_fields, sfexport
 
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.config_fields import MAX_FRAMES, ConfigFields
 from sfexport.checkpoint.tower_names import named_size, tower_kind
 from sfexport.checkpoint.vision_tower import ConvNextTower, VitTower, tower_from_sizes
@@ -62,9 +62,8 @@ HARMLESS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", HARMLESS, ids=str)
 def test_a_harmless_value_changes_nothing(changes: dict, config: dict) -> None:
-    facts = ModelFacts.from_config(config | changes)
-    before = ModelFacts.from_config(config)
-    assert facts == replace(before, text=replace(before.text, padding_side=facts.text.padding_side))
+    found, before = ModelConfig.from_dict(config | changes), ModelConfig.from_dict(config)
+    assert found == replace(before, text=replace(before.text, padding_side=found.text.padding_side))
 
 
 BAD_FRAMES = ("many", -3, 1.5, 1e400, 0, 10**9, True, [8], MAX_FRAMES + 1)
@@ -133,7 +132,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "name"), REFUSED, ids=lambda value: str(value)[:60])
 def test_a_value_is_refused_by_name(changes: dict, name: str, config: dict) -> None:
     with pytest.raises(CheckpointError, match=rf"^config\.json.*{name}"):
-        ModelFacts.from_config(config | changes)
+        ModelConfig.from_dict(config | changes)
 
 
 # Against the tensors that are there.
@@ -181,7 +180,7 @@ HUGE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", HUGE, ids=lambda value: str(value)[:60])
 def test_a_huge_number_is_refused(changes: dict, tree: Tree) -> None:
     checkpoint = Checkpoint.open(tree.checkpoint)
-    changed = Checkpoint(checkpoint.path, checkpoint.config | changes, checkpoint.shards, checkpoint.tensors)
+    changed = Checkpoint(checkpoint.path, checkpoint.raw_config | changes, checkpoint.shards, checkpoint.tensors)
     with pytest.raises(CheckpointError):
         changed.validate()
 

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
 from sfexport.export.weights_layout import plan_weights
 from sfexport.planning.flops import (
@@ -50,7 +50,7 @@ NAMES = {"convnext": "convnext-576", "clip": "openai/clip-tiny", "siglip": "goog
 
 
 def make_model(tower: Tower = TOWER, **changes: Any) -> Any:
-    """The PyTorch model of the demo's size and its facts."""
+    """The PyTorch model of the demo's size and its model_config."""
     pytest.importorskip("torch")
     from sfexport.model.configuration import LlavaQwenSlowFastConfig
     from sfexport.model.modeling import LlavaQwenSlowFastForCausalLM
@@ -84,9 +84,9 @@ def test_projector(kind: str) -> None:
     torch = pytest.importorskip("torch")
     hidden = {"mm_hidden_size": 64} if kind == "identity" else {}
     model = make_model(mm_projector_type=kind, **hidden)
-    facts = model.config.facts
-    features = torch.zeros(2, 5, facts.projector.in_size)
-    assert count(lambda: model.model.mm_projector(features)) == projector_flops(facts, 10)
+    model_config = model.config.model_config
+    features = torch.zeros(2, 5, model_config.projector.in_size)
+    assert count(lambda: model.model.mm_projector(features)) == projector_flops(model_config, 10)
 
 
 def test_vision_is_tower_and_projector() -> None:
@@ -94,7 +94,7 @@ def test_vision_is_tower_and_projector() -> None:
     model = make_model()
     video = torch.zeros(3, 3, 128, 128)
     # Pooling and means are not counted.
-    assert count(lambda: model.model.encode_videos([video])) == vision_flops(model.config.facts, TOWER, 128, 3)
+    assert count(lambda: model.model.encode_videos([video])) == vision_flops(model.config.model_config, TOWER, 128, 3)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -102,17 +102,17 @@ def test_slow_key_values(every: int) -> None:
     torch = pytest.importorskip("torch")
     model = make_model(cross_attn_every_n_layers=every)
     slow = torch.zeros(1, 40, 64)
-    assert count(lambda: model.model.slow_key_values(slow)) == slow_key_value_flops(model.config.facts, 40)
+    assert count(lambda: model.model.slow_key_values(slow)) == slow_key_value_flops(model.config.model_config, 40)
 
 
 def run_decoder(model: Any, positions: int, past: int, slow: int) -> Callable[[], Any]:
     """A call of the decoder, ready to be counted."""
     import torch
 
-    text = model.config.facts.text
+    text = model.config.model_config.text
     given: dict[str, Any] = {}
     if slow:
-        layers = len(model.config.facts.slow_fast.hybrid_layers)
+        layers = len(model.config.model_config.slow_fast.hybrid_layers)
         shape = (1, layers, 2, text.num_kv_heads, slow, text.head_dim)
         attends, mask = torch.ones(1, positions, dtype=torch.bool), torch.ones(1, slow, dtype=torch.bool)
         given = {"slow_key_values": torch.zeros(shape), "slow_attends": attends, "slow_mask": mask}
@@ -131,31 +131,31 @@ def run_decoder(model: Any, positions: int, past: int, slow: int) -> Callable[[]
 def test_decoder(positions: int, past: int, slow: int, shape: dict[str, int]) -> None:
     model = make_model(**shape)
     counted = count(run_decoder(model, positions, past, slow))
-    facts = model.config.facts
-    assert counted == decoder_flops(facts, positions, past, slow, logits=positions).total
+    model_config = model.config.model_config
+    assert counted == decoder_flops(model_config, positions, past, slow, logits=positions).total
     # PyTorch computes the cross-attention of every row; a session asks for those that attend.
-    fewer = decoder_flops(facts, positions, past, slow, rows=0, logits=positions)
+    fewer = decoder_flops(model_config, positions, past, slow, rows=0, logits=positions)
     assert fewer.cross_attention == 0 and (fewer.total < counted) == bool(slow)
 
 
 def test_a_model_without_slow_branch() -> None:
     model = make_model(cross_attn_every_n_layers=None)
-    facts = model.config.facts
-    assert count(run_decoder(model, 12, 5, 0)) == decoder_flops(facts, 12, 5, logits=12).total
-    assert decoder_flops(facts, 12, 5, slow=100) == decoder_flops(facts, 12, 5)
-    at = lengths(facts, TOWER, 128, 16, 10, 10)
-    assert at.slow == slow_key_value_flops(facts, 100) == slow_key_value_bytes(facts, 100, 2) == 0
+    model_config = model.config.model_config
+    assert count(run_decoder(model, 12, 5, 0)) == decoder_flops(model_config, 12, 5, logits=12).total
+    assert decoder_flops(model_config, 12, 5, slow=100) == decoder_flops(model_config, 12, 5)
+    at = lengths(model_config, TOWER, 128, 16, 10, 10)
+    assert at.slow == slow_key_value_flops(model_config, 100) == slow_key_value_bytes(model_config, 100, 2) == 0
 
 
 @pytest.fixture(scope="module")
-def released() -> ModelFacts:
+def released() -> ModelConfig:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
         from sparse_checkpoint import QWEN2_7B
-    return ModelFacts.from_config(QWEN2_7B)
+    return ModelConfig.from_dict(QWEN2_7B)
 
 
-def test_the_released_model(released: ModelFacts) -> None:
+def test_the_released_model(released: ModelConfig) -> None:
     """Figures that were counted on the reference implementation itself, in TFLOP."""
     assert tower_flops(CONVNEXT_XXL, 576) / 1e12 == pytest.approx(2.004, abs=5e-4)
     assert projector_flops(released, 64 * 324) / 1e12 == pytest.approx(0.99, abs=5e-3)
@@ -167,7 +167,7 @@ def test_the_released_model(released: ModelFacts) -> None:
     assert lengths(released, CONVNEXT_XXL, 576, 1, 14, 86).slow == 324
 
 
-def test_weights_of_the_released_model(released: ModelFacts) -> None:
+def test_weights_of_the_released_model(released: ModelConfig) -> None:
     fp32, half, int4, int8_head = (weight_bytes(released, CONVNEXT_XXL, s) for s in storages("bf16"))
     everything = sum(math.prod(shape) for name, shape in KEYS.items() if ".head." not in name)
     assert set(fp32) == set(PARTS)
@@ -180,7 +180,7 @@ def test_weights_of_the_released_model(released: ModelFacts) -> None:
         assert half[part] == int4[part] == int8_head[part]
 
 
-def test_key_values_of_the_released_model(released: ModelFacts) -> None:
+def test_key_values_of_the_released_model(released: ModelConfig) -> None:
     assert text_key_value_bytes(released, 1, 2) == 57_344
     assert slow_key_value_bytes(released, 1, 2) == 8_192
 
@@ -188,17 +188,19 @@ def test_key_values_of_the_released_model(released: ModelFacts) -> None:
 @pytest.mark.parametrize("attends", ["text-only-vanilla", "text-only-vanilla-masksystem", "vanilla"])
 def test_calls_of_a_session(attends: str) -> None:
     config = demo_config(train_tokenizer()) | {"cross_attn_implementation": attends}
-    facts = ModelFacts.from_config(config)
+    model_config = ModelConfig.from_dict(config)
     at = Lengths(16, before=14, fast=64, question=30, slow=256)
-    calls = prefill_calls(facts, at)
+    calls = prefill_calls(model_config, at)
     assert [c.positions for c in calls.values()] == [14, 64, 30] and [c.past for c in calls.values()] == [0, 14, 78]
     with_slow = {name for name, call in calls.items() if call.slow}
     expected = {"vanilla": {"before", "fast", "question"}, "text-only-vanilla": {"before", "question"}}
     assert with_slow == expected.get(attends, {"question"})
-    whole = decoder_flops(facts, at.prompt, slow=at.slow, rows=sum(c.positions for c in calls.values() if c.slow))
-    pieces = sum(call_flops(facts, call) for call in calls.values())
+    whole = decoder_flops(
+        model_config, at.prompt, slow=at.slow, rows=sum(c.positions for c in calls.values() if c.slow)
+    )
+    pieces = sum(call_flops(model_config, call) for call in calls.values())
     # In pieces no position looks at later pieces, and two more last positions have logits.
-    head = decoder_flops(facts, 1).head
+    head = decoder_flops(model_config, 1).head
     later = 4 * 64 * 4 * (14 * (64 + 30) + 64 * 30)
     assert pieces == whole.total + 2 * head - later
 
@@ -215,13 +217,13 @@ def test_int4_is_what_a_quantised_bundle_holds(
     checkpoint = Checkpoint.open(tmp_path / "checkpoint")
     plan = plan_weights(checkpoint, tmp_path, "BF16", head)
     stored = {name: place.length for name, place in plan.places.items()}
-    ours = weight_bytes(checkpoint.facts, checkpoint.tower, Storage("int4", 2, 4, head_bits))
-    if checkpoint.facts.text.tie_word_embeddings and head == "fp16":
+    ours = weight_bytes(checkpoint.model_config, checkpoint.tower, Storage("int4", 2, 4, head_bits))
+    if checkpoint.model_config.text.tie_word_embeddings and head == "fp16":
         ours["embedding"] = 0  # the same bytes as the head
     assert sum(ours.values()) == sum(stored.values())
 
 
-def test_more_frames_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch, released: ModelFacts) -> None:
+def test_more_frames_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch, released: ModelConfig) -> None:
     """16 to 128 frames for about 2 % more prefill; all frames in self-attention: more than nine times as much."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import frames

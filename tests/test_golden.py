@@ -19,7 +19,7 @@ from sessions import model_session
 
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights, source_frames
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.export.export import ExportOptions, export
@@ -112,7 +112,7 @@ def test_torch_prefill(golden: Golden, load_model: Callable) -> None:
     model, want, args = load_model(golden.path), golden.outputs, tensors(golden)
     seen: dict[str, torch.Tensor] = {}
     handles = [model.model.layers[-1].register_forward_hook(lambda m, a, out: seen.update(last=out))]
-    hybrid = model.config.facts.slow_fast.hybrid_layers
+    hybrid = model.config.model_config.slow_fast.hybrid_layers
     if hybrid and "hybrid_attn_out" in want:
         attention = model.model.layers[hybrid[0]].self_attn
         gate, o_proj = attention.cross_attn_gate_proj, attention.o_proj
@@ -187,11 +187,11 @@ class Graphs:
     """A golden checkpoint's three graphs in ONNX Runtime, with inner values as further outputs."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.facts = bundle, bundle.facts
+        self.bundle, self.config = bundle, bundle.config
         self.embed = EmbeddingTable(bundle.embedding())
-        layers = self.facts.text.num_layers
+        layers = self.config.text.num_layers
         inner = [hidden_name(i) for i in range(layers)]
-        for i in self.facts.slow_fast.hybrid_layers:
+        for i in self.config.slow_fast.hybrid_layers:
             inner += [f"hybrid_self_attn.{i}", f"hybrid_attn_out.{i}"]
         self.vision = self._session("vision_encoder", ["vision_features"])
         self.compressor = self._session("compressor", [])
@@ -212,21 +212,21 @@ class Graphs:
         return self.run(self.vision, {"pixel_values": pixels})
 
     def compress(self, slow: np.ndarray) -> dict[str, np.ndarray]:
-        fast = self.facts.slow_fast.fast
+        fast = self.config.slow_fast.fast
         feeds = {"slow_tokens": slow, "frame_weights": frame_weights(len(slow), fast)}
         if fast.spatial_stride > 1:
             feeds["cell_weights"] = cell_weights(slow.shape[1], fast.spatial_stride)
         return self.run(self.compressor, feeds)
 
     def empty_past(self, batch: int) -> dict[str, np.ndarray]:
-        text = self.facts.text
+        text = self.config.text
         shape = (batch, text.num_kv_heads, 0, text.head_dim)
-        return {name: np.zeros(shape, np.float32) for name in past_names(self.facts)}
+        return {name: np.zeros(shape, np.float32) for name in past_names(self.config)}
 
     def decode(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Outputs, and the next call's past."""
         out = self.run(self.decoder, feeds)
-        pairs = zip(past_names(self.facts), present_names(self.facts), strict=True)
+        pairs = zip(past_names(self.config), present_names(self.config), strict=True)
         return out, {past: out[present] for past, present in pairs}
 
 
@@ -252,11 +252,11 @@ class Batch:
     """A golden's batch, made from the graphs' own outputs, ready for the decoder."""
 
     def __init__(self, golden: Golden, graphs: Graphs) -> None:
-        self.golden, self.graphs, self.facts = golden, graphs, graphs.facts
+        self.golden, self.graphs, self.config = golden, graphs, graphs.config
         self.compressed = [self._compress(b) for b in range(golden.rows)]
         rows = [self._merge(b) for b in range(golden.rows)]
         types = golden.outputs["token_types"]
-        self.embeds = np.zeros((*types.shape, self.facts.text.hidden_size), np.float32)
+        self.embeds = np.zeros((*types.shape, self.config.text.hidden_size), np.float32)
         self.embeds[golden.valid] = np.concatenate(rows)
         self.positions = np.where(golden.valid, np.cumsum(golden.valid, axis=1) - 1, 0)
         self.slow = self._slow()
@@ -280,13 +280,13 @@ class Batch:
             merged = np.concatenate([embed(before), fast, embed(after)])
         else:
             merged = embed(ids)
-        return merged[: self.facts.text.max_length]
+        return merged[: self.config.text.max_length]
 
     def _slow(self) -> dict[str, np.ndarray]:
         """Slow K/V, padded on the right with values that must not matter."""
         longest = max(len(c["slow"]) * c["slow"].shape[1] for c in self.compressed)
         out = {}
-        for name in slow_names(self.facts):
+        for name in slow_names(self.config):
             padded = []
             for row in self.compressed:
                 value = row[name]
@@ -295,10 +295,10 @@ class Batch:
         return out
 
     def _attends(self, types: np.ndarray, visual: np.ndarray) -> np.ndarray:
-        if self.facts.slow_fast.attends == "all":
+        if self.config.slow_fast.attends == "all":
             return np.ones_like(visual)
         text = types <= TEXT
-        if self.facts.slow_fast.attends == "text-after-video":
+        if self.config.slow_fast.attends == "text-after-video":
             text &= (np.cumsum(visual, axis=1) > 0) | ~visual.any(1, keepdims=True)
         return text
 
@@ -351,11 +351,11 @@ def test_onnx_prefill(golden: Golden, load_graphs: Callable) -> None:
     if last.any():
         assert_close("logits", out["logits"][last], want["prefill_logits"][last, -1])
     shape = want["hidden_states"][0].shape
-    for i in range(graphs.facts.text.num_layers - 1):
+    for i in range(graphs.config.text.num_layers - 1):
         assert_close(f"layer {i}", out[hidden_name(i)].reshape(shape), want["hidden_states"][i + 1], valid)
-    last_layer = out[hidden_name(graphs.facts.text.num_layers - 1)].reshape(shape)
+    last_layer = out[hidden_name(graphs.config.text.num_layers - 1)].reshape(shape)
     assert_close("last layer", last_layer, want["last_layer_output"], valid)
-    for i in graphs.facts.slow_fast.hybrid_layers[:1]:
+    for i in graphs.config.slow_fast.hybrid_layers[:1]:
         for name in ("hybrid_self_attn", "hybrid_attn_out"):
             assert_close(name, out[f"{name}.{i}"].reshape(want[name].shape), want[name], valid)
 
@@ -411,10 +411,10 @@ def fast_path_cases() -> dict[str, dict]:
     return json.loads((file if file.is_file() else Path(__file__).parent / "golden" / file.name).read_text())
 
 
-def parse_case(name: str) -> tuple[int, FastPathFacts]:
+def parse_case(name: str) -> tuple[int, FastPathConfig]:
     """T64_s2_t4_m16: frames, sampling stride, temporal stride, least fast frames."""
     total, sampling, temporal, least = (int(part[1:]) for part in name.split("_"))
-    return total, FastPathFacts(sampling, temporal, 1, least)
+    return total, FastPathConfig(sampling, temporal, 1, least)
 
 
 def test_all_fast_path_cases_on_the_host() -> None:

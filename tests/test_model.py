@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import GATING_TYPES, TOWER_PREFIX, ModelFacts
+from sfexport.checkpoint.config import GATING_TYPES, TOWER_PREFIX, ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, VIT_PREFIX, VitTower, read_tower
 from sfexport.errors import CheckpointError, InputError
 from sfexport.testing.random_checkpoint import demo_config, write_random_checkpoint
@@ -79,11 +79,11 @@ def test_the_7b_names_load_on_the_meta_device_with_none_missing_or_unexpected(up
 
 
 def test_the_tables_of_expected_tensors_agree_with_the_7b(upstream_keys: dict) -> None:
-    facts = ModelFacts.from_config(config_7b())
+    config = ModelConfig.from_dict(config_7b())
     assert read_tower(config_7b(), upstream_keys) == CONVNEXT_XXL
-    expected = facts.expected_tensors() | CONVNEXT_XXL.expected_tensors()
+    expected = config.expected_tensors() | CONVNEXT_XXL.expected_tensors()
     assert expected == {name: shape for name, shape in upstream_keys.items() if not is_head(name)}
-    assert facts.slow_fast.hybrid_layers == (0, 8, 16, 24)
+    assert config.slow_fast.hybrid_layers == (0, 8, 16, 24)
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_the_comparison_finds_a_cache_that_forgets(model, mode: str) -> None:
     cache = Forgetful()
     assert_generates_right(model, mode, past_key_values=cache)
     cache = Forgetful()
-    cache.layers_to_forget = model.config.facts.slow_fast.hybrid_layers
+    cache.layers_to_forget = model.config.model_config.slow_fast.hybrid_layers
     with pytest.raises(AssertionError):
         assert_generates_right(model, mode, past_key_values=cache)
 

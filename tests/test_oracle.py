@@ -141,7 +141,7 @@ def test_another_kind_of_rope_is_refused(tree: Tree, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="rope_|rotary"):
             load_model(copy)
         with pytest.raises(CheckpointError, match="rope_|rotary"):
-            _ = Checkpoint.open(copy).facts
+            _ = Checkpoint.open(copy).config
 
 
 def test_another_attention_is_not_taken_in_silence(tree: Tree, caplog: pytest.LogCaptureFixture) -> None:

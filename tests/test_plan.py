@@ -83,7 +83,7 @@ def test_a_plan_counts_with_what_a_build_counts_with(checkpoint: Path, tmp_path:
         assert row["build_peak"] == {"device": theirs.build_device, "host": theirs.build_host}
         assert row["activations"] == {g.name: g.activations for g in theirs.graphs}
         # By part as in the graphs; the compressor has a copy of the hybrid layers' input norms.
-        norms = 2 * 64 * bundle.facts.text.num_layers // 4 * {"fp32": 4, "bf16": 2}[precision]
+        norms = 2 * 64 * bundle.config.text.num_layers // 4 * {"fp32": 4, "bf16": 2}[precision]
         for graph in theirs.graphs:
             parts = sum(row["weights"][part] for part in GRAPH_PARTS[graph.name])
             assert graph.weights == parts + (norms if graph.name == "compressor" else 0)
@@ -97,7 +97,7 @@ def test_rounded_weights_change_weights_only(checkpoint: Path) -> None:
     half, *rounded = (figures(found, AGX, name) for name in NAMES[1:])
     opened = Checkpoint.open(checkpoint)
     for row, bits in zip(rounded, (16, 8), strict=True):
-        assert row["weights"] == weight_bytes(opened.facts, opened.tower, Storage("", 2, 4, bits))
+        assert row["weights"] == weight_bytes(opened.config, opened.tower, Storage("", 2, 4, bits))
         saved = sum(half["weights"].values()) - sum(row["weights"].values())
         assert saved > 0
         # The graphs of the half bundle count the hybrid layers' norms twice, the parts once.

@@ -349,7 +349,7 @@ def test_onnxruntime_refuses_bfloat16_and_says_what_to_do(make: Callable, tmp_pa
 
 
 def decoder_feeds(bundle: Bundle, session: onnxruntime.InferenceSession, batch: int, past: int, slow: int) -> dict:
-    random, text, sequence = np.random.default_rng(0), bundle.facts.text, 3
+    random, text, sequence = np.random.default_rng(0), bundle.config.text, 3
     sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence, "slow": slow}
     feeds = {}
     for value in session.get_inputs():
@@ -373,7 +373,7 @@ def test_padding_and_missing_slow_tokens_in_float16(batch: int, past: int, slow:
     for precision in ("fp32", "fp16"):
         bundle = make("convnext", precision)
         session = onnxruntime.InferenceSession(str(bundle.graph_file("decoder")), providers=["CPUExecutionProvider"])
-        outputs = [names.LOGITS, *names.present_names(bundle.facts)]
+        outputs = [names.LOGITS, *names.present_names(bundle.config)]
         found.append(session.run(outputs, decoder_feeds(bundle, session, batch, past, slow)))
     for wide, half in zip(*found, strict=True):
         assert np.isfinite(half).all()

@@ -13,7 +13,7 @@ from conftest import Tree
 from helpers import assert_says, document, refusal, set_fields, sfexport
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageFacts, ProcessorFields, image_notes
+from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessorConfig, ProcessorFields, image_notes
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, VitTower
 from sfexport.errors import CheckpointError
 from sfexport.testing.random_checkpoint import preprocessor_config
@@ -60,17 +60,19 @@ def reference(config: dict[str, Any], frame: np.ndarray) -> np.ndarray:
 def test_pixels_are_those_of_transformers(name: str, size: tuple[int, int]) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     expected = reference(PROCESSORS[name], frame)
-    found = preprocess([frame], ImageFacts.from_config(CONFIG, CONVNEXT_XXL, PROCESSORS[name]))[0]
+    found = preprocess([frame], ImageProcessorConfig.from_dict(CONFIG, CONVNEXT_XXL, PROCESSORS[name]))[0]
     np.testing.assert_allclose(found, expected, atol=1e-6 * max(1, np.abs(expected).max()))
 
 
 def test_the_towers_own_levels_and_size_hold_where_the_file_says_nothing() -> None:
-    clip = ImageFacts(576, 576, True, CLIP_MEAN, CLIP_STD)
-    assert ImageFacts.from_config(CONFIG, CONVNEXT_XXL, None) == clip
-    assert ImageFacts.from_config(CONFIG, CONVNEXT_XXL, {}) == clip
-    assert ImageFacts.from_config({"mm_vision_tower": "/a/convnext-64"}, CONVNEXT_XXL, {}).size == 64
+    clip = ImageProcessorConfig(576, 576, True, CLIP_MEAN, CLIP_STD)
+    assert ImageProcessorConfig.from_dict(CONFIG, CONVNEXT_XXL, None) == clip
+    assert ImageProcessorConfig.from_dict(CONFIG, CONVNEXT_XXL, {}) == clip
+    assert ImageProcessorConfig.from_dict({"mm_vision_tower": "/a/convnext-64"}, CONVNEXT_XXL, {}).size == 64
     half = (0.5, 0.5, 0.5)
-    assert ImageFacts.from_config({}, SIGLIP, {"do_convert_rgb": True}) == ImageFacts(56, 56, False, half, half)
+    assert ImageProcessorConfig.from_dict({}, SIGLIP, {"do_convert_rgb": True}) == ImageProcessorConfig(
+        56, 56, False, half, half
+    )
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -121,7 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "name"), REFUSED, ids=lambda value: str(value)[:60])
 def test_a_value_is_refused_by_name(changes: dict, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^preprocessor_config\.json: .*{name}"):
-        ImageFacts.from_config(CONFIG, CONVNEXT_XXL, CLIP | changes)
+        ImageProcessorConfig.from_dict(CONFIG, CONVNEXT_XXL, CLIP | changes)
 
 
 def test_every_field_of_transformers_processors_is_known() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import ModelFacts, ProjectorFacts
+from sfexport.checkpoint.config import ModelConfig, ProjectorConfig
 from sfexport.errors import CheckpointError
 from sfexport.graphs.vision_encoder import write_projector
 from sfexport.graphs.writer import GraphWriter
@@ -391,11 +391,11 @@ def test_saved_and_loaded_again(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "srelus"), [("mlp1x_srelu", []), ("mlp2x_srelu", [1]), ("mlp3x_srelu", [1, 3])])
 def test_expected_tensors(kind: str, srelus: list[int], checkpoint: Path) -> None:
-    config = Checkpoint.open(checkpoint).config | {"mm_projector_type": kind}
-    facts = ModelFacts.from_config(config)
-    assert facts.projector.activation == "srelu"
-    expected = {name: shape for name, shape in facts.expected_tensors().items() if "mm_projector" in name}
-    gelu = ModelFacts.from_config(config | {"mm_projector_type": kind.replace("srelu", "gelu")}).expected_tensors()
+    raw = Checkpoint.open(checkpoint).raw_config | {"mm_projector_type": kind}
+    config = ModelConfig.from_dict(raw)
+    assert config.projector.activation == "srelu"
+    expected = {name: shape for name, shape in config.expected_tensors().items() if "mm_projector" in name}
+    gelu = ModelConfig.from_dict(raw | {"mm_projector_type": kind.replace("srelu", "gelu")}).expected_tensors()
     added = {f"model.mm_projector.{i}.{name}": (64,) for i in srelus for name in PARAMETERS}
     assert expected == {name: shape for name, shape in gelu.items() if "mm_projector" in name} | added
 
@@ -499,8 +499,8 @@ def test_a_half_precision_graph_computes_it_in_float32() -> None:
 
 def test_a_projector_fed_exactly_its_thresholds_agrees() -> None:
     values = {name: value.astype(np.float32) for name, value in random_values(8, crossed=True).items()}
-    facts = ProjectorFacts("mlp", 3, 8, "srelu")
-    projector = build_projector(facts, 8)
+    config = ProjectorConfig("mlp", 3, 8, "srelu")
+    projector = build_projector(config, 8)
     with torch.no_grad():
         projector[0].weight.copy_(torch.eye(8))
         projector[0].bias.zero_()
@@ -509,7 +509,7 @@ def test_a_projector_fed_exactly_its_thresholds_agrees() -> None:
         projector[3].a_right.fill_(-0.5)
     x = inputs_around(values, 20).astype(np.float32)
     tensors = {f"model.mm_projector.{name}": value.numpy() for name, value in projector.state_dict().items()}
-    y = run_graph(tensors, x, lambda g, v: write_projector(g, facts, v))
+    y = run_graph(tensors, x, lambda g, v: write_projector(g, config, v))
     np.testing.assert_allclose(y, projector(torch.from_numpy(x)).detach(), rtol=0, atol=1e-6)
 
 

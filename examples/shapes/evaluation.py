@@ -23,7 +23,7 @@ def measure(lm: LlavaQwenSlowFastForCausalLM, tokenizer: ChatTokenizer, clips: i
     """Accuracy by kind, with the slow branch and without; details also apart for frames the fast path never sees."""
     data = Clips(HELD_OUT_SEED, clips, tokenizer)
     collator = make_collator(lm, tokenizer)
-    modes = ("trained", "slow_off") if lm.config.facts.slow_fast.hybrid_layers else ("plain",)
+    modes = ("trained", "slow_off") if lm.config.model_config.slow_fast.hybrid_layers else ("plain",)
     right: dict[str, dict[str, list[bool]]] = {mode: defaultdict(list) for mode in modes}
     lm.eval()
     trainee = Trainee(lm, 0.0)

@@ -22,9 +22,9 @@ def write_checkpoint(lm: LlavaQwenSlowFastForCausalLM, projector: str, path: Pat
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     (path / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode() + b"\n")
-    fields = make_fields(projector, bool(lm.config.facts.slow_fast.hybrid_layers))
+    fields = make_fields(projector, bool(lm.config.model_config.slow_fast.hybrid_layers))
     # Answer tokens saw the slow tokens in training, so they do when it answers.
-    mode = {"decode_mode": "trained"} if lm.config.facts.slow_fast.hybrid_layers else {}
+    mode = {"decode_mode": "trained"} if lm.config.model_config.slow_fast.hybrid_layers else {}
     _write(path / "config.json", fields | {"torch_dtype": "bfloat16"} | mode)
     _write(path / "tokenizer_config.json", tokenizer_config(tokenizer, fields["tokenizer_model_max_length"]))
     _write(path / "generation_config.json", generation_config(tokenizer) | {"max_new_tokens": MAX_NEW_TOKENS})

@@ -65,10 +65,10 @@ def make_config(projector: str, hybrid: bool) -> LlavaQwenSlowFastConfig:
 
 def make_collator(lm: LlavaQwenSlowFastForCausalLM, tokenizer: ChatTokenizer, slow_dropout: float = 0.0) -> Collator:
     """Packs questions behind as many fast tokens as the model makes of a clip."""
-    facts = lm.config.facts.slow_fast
-    cells = (TOWER.grid(SIZE) // facts.video_pooling_stride) ** 2
-    fast = fast_token_count(FRAMES, cells, facts.fast)
-    return Collator(tokenizer.prompt("?").before, fast, slow_dropout if facts.hybrid_layers else 0.0)
+    config = lm.config.model_config.slow_fast
+    cells = (TOWER.grid(SIZE) // config.video_pooling_stride) ** 2
+    fast = fast_token_count(FRAMES, cells, config.fast)
+    return Collator(tokenizer.prompt("?").before, fast, slow_dropout if config.hybrid_layers else 0.0)
 
 
 def initialise(model: nn.Module) -> None:
@@ -153,11 +153,11 @@ class Trainee(nn.Module):
 
     def _run(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Slow tokens [clips * frames, P, H] and the decoder's last hidden states [clips, L, H]."""
-        model, facts = self.lm.model, self.lm.config.facts.slow_fast
+        model, config = self.lm.model, self.lm.config.model_config.slow_fast
         projected = model.mm_projector(model.vision_tower(batch["pixels"].flatten(0, 1)))
-        slow = slow_tokens(projected, facts.video_pooling_stride)
+        slow = slow_tokens(projected, config.video_pooling_stride)
         by_clip = slow.unflatten(0, (len(batch["pixels"]), -1))
-        fast = torch.stack([fast_tokens(s, facts.fast) for s in by_clip])
+        fast = torch.stack([fast_tokens(s, config.fast) for s in by_clip])
         return slow, self._decode(fast, by_clip.flatten(1, 2), batch)
 
     def _decode(self, fast: Tensor, slow: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -167,7 +167,7 @@ class Trainee(nn.Module):
         embeds = self.lm.model.embed_tokens(batch["ids"])
         embeds = torch.cat([embeds[:, : visual.start], fast, embeds[:, prefix:]], dim=1)
         branch = None
-        if self.lm.config.facts.slow_fast.hybrid_layers and not batch["slow_off"]:
+        if self.lm.config.model_config.slow_fast.hybrid_layers and not batch["slow_off"]:
             attends = segments >= 0
             attends[:, visual] = False
             mask = torch.ones(slow.shape[:2], dtype=torch.bool, device=slow.device)

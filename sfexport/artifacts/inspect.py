@@ -57,7 +57,7 @@ def _checkpoint(stored: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
-        "model": asdict(checkpoint.facts) | {"tower": asdict(checkpoint.tower)},
+        "model": asdict(checkpoint.config) | {"tower": asdict(checkpoint.tower)},
         "image": asdict(checkpoint.image),
         "parameters": _parameters(checkpoint),
         "dtypes": dict(Counter(t.dtype for t in stored.tensors.values())),

@@ -25,9 +25,9 @@ from sfexport.artifacts.manifest_fields import (
 )
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, check_files, gone, open_manifest, places
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor, read_json
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.image_processor import FILE as PROCESSOR
-from sfexport.checkpoint.image_processor import ImageFacts
+from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.checkpoint.safetensors import read_shard
 from sfexport.checkpoint.vision_tower import tower_from_sizes
 from sfexport.errors import BundleError, CheckpointError, InputError
@@ -131,19 +131,21 @@ class Bundle:
             return False
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def raw_config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
 
     @cached_property
-    def facts(self) -> ModelFacts:
+    def config(self) -> ModelConfig:
         """The model as its graphs are: config.json may tie a head that the checkpoint stores all the same."""
-        facts = ModelFacts.from_config(self.config)
-        tied = facts.text.tie_word_embeddings and self.content["model"]["text"].get("tie_word_embeddings") is not False
-        return replace(facts, text=replace(facts.text, tie_word_embeddings=tied))
+        config = ModelConfig.from_dict(self.raw_config)
+        tied = config.text.tie_word_embeddings and self.content["model"]["text"].get("tie_word_embeddings") is not False
+        return replace(config, text=replace(config.text, tie_word_embeddings=tied))
 
     @cached_property
-    def image(self) -> ImageFacts:
-        return ImageFacts(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.content["image"].items()})
+    def image(self) -> ImageProcessorConfig:
+        return ImageProcessorConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.content["image"].items()}
+        )
 
     @property
     def frames(self) -> int:
@@ -211,13 +213,13 @@ class Bundle:
             tower = tower_from_sizes(content["model"].get("tower"))
             check_fields(content["model"]["tower"], type(tower), self.path)
             processor = read_json(self.path / PROCESSOR) if PROCESSOR in content["files"] else None
-            image = ImageFacts.from_config(self.config, tower, processor)
+            image = ImageProcessorConfig.from_dict(self.raw_config, tower, processor)
         except CheckpointError as error:
             raise damaged(self.path, str(error).rstrip(".")) from None
-        for name, found in (("model", {**asdict(self.facts), "tower": asdict(tower)}), ("image", asdict(image))):
+        for name, found in (("model", {**asdict(self.config), "tower": asdict(tower)}), ("image", asdict(image))):
             if json.loads(json.dumps(found)) != content[name]:
                 raise damaged(self.path, f"its '{name}' is not what config.json and {PROCESSOR} say")
-        side, pooling = tower.grid(self.image.crop), self.facts.slow_fast.video_pooling_stride
+        side, pooling = tower.grid(self.image.crop), self.config.slow_fast.video_pooling_stride
         if content["tokens_per_frame"] != {"image": side**2, "video": (side // pooling) ** 2}:
             raise damaged(self.path, "its 'tokens_per_frame' do not fit the size of its frames")
         self._check_embedding()
@@ -228,7 +230,7 @@ class Bundle:
 
     def _check_embedding(self) -> None:
         """The table is a tensor of one of the weight files: rows are read from there without another check."""
-        said, text = self.embedding(), self.facts.text
+        said, text = self.embedding(), self.config.text
         if said.shard.name not in self._weight_files or said.shape != (text.vocab_size, text.hidden_size):
             raise damaged(self.path, "its token embedding is in no weight file, or has not the model's shape")
         found = read_shard(said.shard, said.shard.name)[1].get(EMBEDDING)

@@ -128,7 +128,7 @@ class TokensFields(_Exact, frozen=True, kw_only=True):
 
 
 class ImageFields(_Exact, frozen=True, kw_only=True):
-    """sfexport.checkpoint.image_processor.ImageFacts, in ranges that pixels can be made with."""
+    """sfexport.checkpoint.image_processor.ImageProcessorConfig, in ranges that pixels can be made with."""
 
     size: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
     crop: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read without torch: the model's facts and where each tensor lies on disk.
+"""What a checkpoint is, read without torch: its config and where each tensor lies on disk.
 
 Reads config.json and the headers of the safetensors shards; of the weights themselves, `validate` looks at an
 SReLU's few numbers and at nothing else. Only safetensors are read: a pickle can run code when it is opened, so
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint.config import TOWER_PREFIX, ModelFacts
+from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig
 from sfexport.checkpoint.config_fields import ConfigFields
 from sfexport.checkpoint.generation_config import generation_notes
-from sfexport.checkpoint.image_processor import ImageFacts, image_notes
+from sfexport.checkpoint.image_processor import ImageProcessorConfig, image_notes
 from sfexport.checkpoint.safetensors import DTYPE_BYTES, Shard, Tensor, read_shard
 from sfexport.checkpoint.small_files import is_present, read_json, read_optional_json
 from sfexport.checkpoint.tokenizer_files import tokenizer_notes
@@ -73,7 +73,7 @@ class Checkpoint:
     """An opened checkpoint directory. Open one with `Checkpoint.open`."""
 
     path: Path
-    config: dict[str, Any]
+    raw_config: dict[str, Any]
     shards: tuple[Shard, ...] = field(repr=False)
     tensors: dict[str, Tensor] = field(repr=False)
     weight_files: WeightFiles | None = field(default=None, repr=False)
@@ -104,16 +104,16 @@ class Checkpoint:
         return cls(path, config, tuple(shards), tensors, weight_files)
 
     @cached_property
-    def facts(self) -> ModelFacts:
+    def config(self) -> ModelConfig:
         """The model as its tensors are: a stored head is used even where config.json ties it, as transformers does."""
-        facts = ModelFacts.from_config(self.config)
-        if facts.text.tie_word_embeddings and HEAD in self.tensors:
-            return replace(facts, text=replace(facts.text, tie_word_embeddings=False))
-        return facts
+        config = ModelConfig.from_dict(self.raw_config)
+        if config.text.tie_word_embeddings and HEAD in self.tensors:
+            return replace(config, text=replace(config.text, tie_word_embeddings=False))
+        return config
 
     @property
     def fields(self) -> ConfigFields:
-        return ConfigFields.read(self.config)
+        return ConfigFields.read(self.raw_config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -121,7 +121,7 @@ class Checkpoint:
 
     @cached_property
     def tower(self) -> Tower:
-        return read_tower(self.config, self.shapes)
+        return read_tower(self.raw_config, self.shapes)
 
     @cached_property
     def processor(self) -> dict[str, Any] | None:
@@ -131,12 +131,12 @@ class Checkpoint:
         return nested if isinstance(nested, dict) else read_optional_json(self.path / "preprocessor_config.json")
 
     @cached_property
-    def image(self) -> ImageFacts:
-        return ImageFacts.from_config(self.config, self.tower, self.processor)
+    def image(self) -> ImageProcessorConfig:
+        return ImageProcessorConfig.from_dict(self.raw_config, self.tower, self.processor)
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of all tensors this model must have."""
-        return self.facts.expected_tensors() | self.tower.expected_tensors()
+        return self.config.expected_tensors() | self.tower.expected_tensors()
 
     @property
     def half_precision(self) -> str:
@@ -153,11 +153,11 @@ class Checkpoint:
         notes = self.weight_files.notes() if self.weight_files else []
         if self.fields.tie_word_embeddings and HEAD in self.tensors:
             notes.append(f"config.json ties the head to the embedding; the stored {HEAD} is used, as transformers does")
-        if unknown := unknown_fields(ConfigFields, self.config):
+        if unknown := unknown_fields(ConfigFields, self.raw_config):
             more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
             notes.append(f"config.json: not known and not used: {', '.join(map(shown, unknown[:_NAMED]))}{more}")
         notes += [f"{name} is not used: no weights are rounded" for name in self._stale_settings()]
-        notes += image_notes(self.config, self.tower, self.processor)
+        notes += image_notes(self.raw_config, self.tower, self.processor)
         unused = self.unused_tensors()
         known = [name for name in unused if _NEVER_USED.match(name)]
         if known:
@@ -175,10 +175,10 @@ class Checkpoint:
             CheckpointError: naming the missing tensors, or the tensor with the wrong shape and both shapes, or
                 the SReLU tensor that is not finite.
         """
-        facts, tower = self.facts, self.tower
-        if facts.projector.in_size != tower.out_size:
+        config, tower = self.config, self.tower
+        if config.projector.in_size != tower.out_size:
             raise CheckpointError(
-                f"config.json: mm_hidden_size is {facts.projector.in_size}, but the vision tower's tensors give "
+                f"config.json: mm_hidden_size is {config.projector.in_size}, but the vision tower's tensors give "
                 f"{tower.out_size} features.",
                 "config.json may belong to another model.",
             )
@@ -210,22 +210,22 @@ class Checkpoint:
         self._check_frame_size()
 
     def _stale_settings(self) -> list[str]:
-        if any(name.endswith(".qweight") for name in self.tensors) or self.config.get("quantization_config"):
+        if any(name.endswith(".qweight") for name in self.tensors) or self.raw_config.get("quantization_config"):
             return []
         return [name for name in ("quantize_config.json", "quant_config.json") if (self.path / name).is_file()]
 
     def _check_counts(self) -> None:
         """Before any loop over what config.json counts: there must be at least a tensor of each."""
-        projector, layers = self.facts.projector, self.facts.text.num_layers
+        projector, layers = self.config.projector, self.config.text.num_layers
         last = f"model.layers.{layers - 1}.input_layernorm.weight"
         if layers > len(self.tensors):
             raise CheckpointError(
                 f"The checkpoint {self.path} lacks {last}: config.json has {layers:,} num_hidden_layers.",
                 "The download may be incomplete, or config.json may belong to another model.",
             )
-        if projector.kind == "identity" and projector.in_size != self.facts.text.hidden_size:
+        if projector.kind == "identity" and projector.in_size != self.config.text.hidden_size:
             raise CheckpointError(
-                f"config.json: mm_projector_type 'identity' cannot make {self.facts.text.hidden_size} features of "
+                f"config.json: mm_projector_type 'identity' cannot make {self.config.text.hidden_size} features of "
                 f"{projector.in_size}.",
                 "config.json may belong to another model.",
             )
@@ -249,7 +249,7 @@ class Checkpoint:
 
     def _check_srelu(self) -> None:
         """Training can blow these up without a sign: a comparison with NaN just never holds."""
-        for name in self.facts.projector.srelu_tensors():
+        for name in self.config.projector.srelu_tensors():
             tensor = self.tensors[name]
             if not np.isfinite(tensor.rows()).all():
                 raise CheckpointError(
@@ -258,7 +258,7 @@ class Checkpoint:
                 )
 
     def _check_frame_size(self) -> None:
-        side, stride = self.tower.grid(self.image.crop), self.facts.slow_fast.video_pooling_stride
+        side, stride = self.tower.grid(self.image.crop), self.config.slow_fast.video_pooling_stride
         if side < stride:
             raise CheckpointError(
                 f"Frames of {self.image.crop} x {self.image.crop} pixels give {side} x {side} tokens, too few for "

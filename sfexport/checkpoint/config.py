@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class TextFacts:
+class TextConfig:
     """The Qwen2 decoder.
 
     Attributes:
@@ -51,7 +51,7 @@ class TextFacts:
     padding_side: str
 
     @classmethod
-    def from_fields(cls, fields: ConfigFields) -> TextFacts:
+    def from_fields(cls, fields: ConfigFields) -> TextConfig:
         hidden, heads = fields.needed("hidden_size"), fields.needed("num_attention_heads")
         kv_heads = fields.num_key_value_heads or heads
         if heads % kv_heads:
@@ -78,7 +78,7 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
-class GateFacts:
+class GateConfig:
     """g = [tanh](W_g o + b_g) * [tanh](warm_up_gate): which of the two factors exist and pass through tanh."""
 
     dynamic_tanh: bool
@@ -86,7 +86,7 @@ class GateFacts:
     warm_up_tanh: bool
 
     @classmethod
-    def from_fields(cls, fields: ConfigFields) -> GateFacts:
+    def from_fields(cls, fields: ConfigFields) -> GateConfig:
         gating = fields.needed("cross_attn_gating_type")
         if gating not in GATING_TYPES:
             raise CheckpointError(
@@ -99,7 +99,7 @@ class GateFacts:
 
 
 @dataclass(frozen=True)
-class FastPathFacts:
+class FastPathConfig:
     """How fast tokens are made from the pooled tokens of all frames (paper section 3; REFERENCE order:
     frame sampling, then temporal pooling, then spatial pooling)."""
 
@@ -110,7 +110,7 @@ class FastPathFacts:
 
 
 @dataclass(frozen=True)
-class SlowFastFacts:
+class SlowFastConfig:
     """The slow branch.
 
     Attributes:
@@ -121,13 +121,13 @@ class SlowFastFacts:
 
     hybrid_layers: tuple[int, ...]
     attends: str
-    gate: GateFacts | None
-    fast: FastPathFacts
+    gate: GateConfig | None
+    fast: FastPathConfig
     video_pooling_stride: int
     decode_mode: str
 
     @classmethod
-    def from_fields(cls, fields: ConfigFields) -> SlowFastFacts:
+    def from_fields(cls, fields: ConfigFields) -> SlowFastConfig:
         hybrid = _hybrid_layers(fields)
         mode = "released" if fields.decode_mode is None else fields.decode_mode
         if mode not in DECODE_MODES:
@@ -139,8 +139,8 @@ class SlowFastFacts:
         return cls(
             hybrid_layers=hybrid,
             attends=_attends(fields.needed("cross_attn_implementation")) if hybrid else "text",
-            gate=GateFacts.from_fields(fields) if hybrid else None,
-            fast=FastPathFacts(
+            gate=GateConfig.from_fields(fields) if hybrid else None,
+            fast=FastPathConfig(
                 sampling_stride=stride("fast_token_temporal_sampling_stride"),
                 temporal_stride=stride("fast_token_temporal_stride"),
                 spatial_stride=stride("fast_token_spatial_stride"),
@@ -172,7 +172,7 @@ def _attends(implementation: str) -> str:
 
 
 @dataclass(frozen=True)
-class ProjectorFacts:
+class ProjectorConfig:
     """Linear, identity, or an MLP of `depth` linear layers (tensor names mm_projector.0, .2, .4, ...).
 
     Attributes:
@@ -185,7 +185,7 @@ class ProjectorFacts:
     activation: str = "gelu"
 
     @classmethod
-    def from_fields(cls, fields: ConfigFields) -> ProjectorFacts:
+    def from_fields(cls, fields: ConfigFields) -> ProjectorConfig:
         name = "linear" if fields.mm_projector_type is None else fields.mm_projector_type
         size = fields.needed("mm_hidden_size")
         if name in ("linear", "identity"):
@@ -214,23 +214,25 @@ class ProjectorFacts:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelConfig:
     """Everything but the vision tower, whose size is read from the tensors (see sfexport.checkpoint.vision_tower)."""
 
-    text: TextFacts
-    slow_fast: SlowFastFacts
-    projector: ProjectorFacts
+    text: TextConfig
+    slow_fast: SlowFastConfig
+    projector: ProjectorConfig
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts:
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Raises CheckpointError naming the field that is missing or has no meaning here."""
-        if config.get("model_type") != MODEL_TYPE:
+        if raw.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
-                f"config.json: model_type is {shown(config.get('model_type'))}, not {MODEL_TYPE!r}.",
+                f"config.json: model_type is {shown(raw.get('model_type'))}, not {MODEL_TYPE!r}.",
                 "sfexport takes Slow-Fast Video MLLM checkpoints only.",
             )
-        fields = ConfigFields.read(config)
-        return cls(TextFacts.from_fields(fields), SlowFastFacts.from_fields(fields), ProjectorFacts.from_fields(fields))
+        fields = ConfigFields.read(raw)
+        return cls(
+            TextConfig.from_fields(fields), SlowFastConfig.from_fields(fields), ProjectorConfig.from_fields(fields)
+        )
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor outside the vision tower."""
@@ -257,7 +259,7 @@ class ModelFacts:
         return out | dict.fromkeys(self.projector.srelu_tensors(), (self.text.hidden_size,))
 
 
-def _layer_tensors(text: TextFacts, p: str) -> dict[str, tuple[int, ...]]:
+def _layer_tensors(text: TextConfig, p: str) -> dict[str, tuple[int, ...]]:
     hidden, inter = text.hidden_size, text.intermediate_size
     q_size, kv_size = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     return {
@@ -276,7 +278,7 @@ def _layer_tensors(text: TextFacts, p: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _cross_attention_tensors(text: TextFacts, gate: GateFacts, p: str) -> dict[str, tuple[int, ...]]:
+def _cross_attention_tensors(text: TextConfig, gate: GateConfig, p: str) -> dict[str, tuple[int, ...]]:
     rows = 2 * text.num_kv_heads * text.head_dim
     q_size = text.num_heads * text.head_dim
     out = {

@@ -155,18 +155,18 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
     mm_vision_num_attention_heads: Any = None
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> ConfigFields:
+    def read(cls, raw: Mapping[str, Any]) -> ConfigFields:
         """The fields, checked.
 
         Raises:
             CheckpointError: naming a field of the wrong type or out of range, or one that changes the mathematics.
         """
-        fields = read_fields(cls, config, "config.json", hint=HINT)
+        fields = read_fields(cls, raw, "config.json", hint=HINT)
         for name, allowed in _MUST_BE.items():
             _check(name, getattr(fields, name), allowed)
         _check_rope("rope_parameters", fields.rope_parameters)
         _check_rope("rope_scaling", fields.rope_scaling)
-        fields._check_layer_types("sliding_window" in config)
+        fields._check_layer_types("sliding_window" in raw)
         if fields.tokenizer_padding_side not in (None, "left", "right"):
             raise wrong("tokenizer_padding_side", fields.tokenizer_padding_side, "'left' or 'right'")
         return fields

@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 
-from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.config import FastPathConfig
 
 
-def source_frames(total: int, fast: FastPathFacts) -> list[list[int]]:
+def source_frames(total: int, fast: FastPathConfig) -> list[list[int]]:
     """For each fast frame, the frames whose mean it is (equal weights)."""
     if total == 1:
         return [[0]]
@@ -29,7 +29,7 @@ def source_frames(total: int, fast: FastPathFacts) -> list[list[int]]:
     return [sampled[a:b] for a, b in windows]
 
 
-def _sample(total: int, fast: FastPathFacts) -> list[int]:
+def _sample(total: int, fast: FastPathConfig) -> list[int]:
     if fast.sampling_stride == 1 or total < fast.min_frames:
         return list(range(total))
     count = max(total // fast.sampling_stride, fast.min_frames)
@@ -37,7 +37,7 @@ def _sample(total: int, fast: FastPathFacts) -> list[int]:
     return [min(int(i * (total / count)), total - 1) for i in range(count)]
 
 
-def frame_weights(total: int, fast: FastPathFacts) -> np.ndarray:
+def frame_weights(total: int, fast: FastPathConfig) -> np.ndarray:
     """float32 [F, total]: row f holds 1/n for the n frames that fast frame f averages (repeats add up)."""
     sources = source_frames(total, fast)
     out = np.zeros((len(sources), total), dtype=np.float32)
@@ -58,7 +58,7 @@ def cell_weights(cells: int, spatial_stride: int) -> np.ndarray:
     return out
 
 
-def fast_token_count(frames: int, cells: int, fast: FastPathFacts) -> int:
+def fast_token_count(frames: int, cells: int, fast: FastPathConfig) -> int:
     """How many fast tokens `frames` frames of `cells` tokens make."""
     side = math.isqrt(cells) // fast.spatial_stride
     return len(source_frames(frames, fast)) * (cells if fast.spatial_stride == 1 else side * side)

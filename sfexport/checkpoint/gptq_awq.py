@@ -130,7 +130,7 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts}
     # Settings from the quantiser's own file are config.json's from here on.
     config = checkpoint.config | {"quantization_config": {"quant_method": settings.method}}
-    return replace(checkpoint, config=config, tensors=others | plain), taken
+    return replace(checkpoint, raw_config=config, tensors=others | plain), taken
 
 
 def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Quantization) -> Taken:

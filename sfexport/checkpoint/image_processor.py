@@ -1,6 +1,6 @@
 """How a frame becomes pixels for the vision tower, as the checkpoint's preprocessor_config.json says.
 
-Pure Python, same floor as facts.py; the pixels themselves are made in sfexport/video/preprocessing.py.
+Pure Python, as config.py is; the pixels themselves are made in sfexport/video/preprocessing.py.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ProcessorFields(Fields, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageProcessorConfig:
     """How a frame becomes pixels for the tower (fields of a transformers image processor).
 
     Attributes:
@@ -78,7 +78,9 @@ class ImageFacts:
     std: tuple[float, float, float]
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None) -> ImageFacts:
+    def from_dict(
+        cls, raw: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None
+    ) -> ImageProcessorConfig:
         """`processor` is preprocessor_config.json's content, where the checkpoint has one.
 
         Without it: CLIP's mean and deviation at 576 pixels for ConvNeXt (the reference hard-codes both), the
@@ -89,19 +91,19 @@ class ImageFacts:
         """
         fields = read_fields(ProcessorFields, processor or {}, FILE, hint=HINT)
         kind = _kind(fields, tower)
-        keep_aspect, size, crop = _sides(fields, kind, _own_size(config, tower))
+        keep_aspect, size, crop = _sides(fields, kind, _own_size(raw, tower))
         mean, std = _levels(fields, kind)
         return cls(size, crop, keep_aspect, mean, std)
 
 
-def image_notes(config: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None) -> list[str]:
+def image_notes(raw: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None) -> list[str]:
     """Lines on what preprocessor_config.json holds that is not used, or that the reference does not read there."""
     if processor is None:
         return []
     unknown = unknown_fields(ProcessorFields, processor)
     notes = [f"{FILE}: not known and not used: {', '.join(map(shown, unknown[:6]))}"] if unknown else []
-    found = ImageFacts.from_config(config, tower, processor)
-    own = ImageFacts.from_config(config, tower, None)
+    found = ImageProcessorConfig.from_dict(raw, tower, processor)
+    own = ImageProcessorConfig.from_dict(raw, tower, None)
     if not isinstance(tower, VitTower) and found != own:
         notes.append(
             f"frames become {found.crop} x {found.crop} pixels as {FILE} says; the reference reads no such file for "
@@ -122,8 +124,8 @@ def _kind(fields: ProcessorFields, tower: Tower) -> str:
     return _PROCESSORS[name]
 
 
-def _own_size(config: Mapping[str, Any], tower: Tower) -> int:
-    size = tower.image_size if isinstance(tower, VitTower) else named_size(config) or 576
+def _own_size(raw: Mapping[str, Any], tower: Tower) -> int:
+    size = tower.image_size if isinstance(tower, VitTower) else named_size(raw) or 576
     if size > MAX_SIDE:
         raise CheckpointError(f"config.json: the vision tower's frames of {size} pixels are too large.")
     return size

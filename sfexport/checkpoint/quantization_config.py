@@ -94,7 +94,7 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization | None:
         CheckpointError: codes without settings, settings without codes, or a form that cannot be taken over.
     """
     packed = next((name for name in checkpoint.tensors if name.endswith(".qweight")), None)
-    values = checkpoint.config.get("quantization_config")
+    values = checkpoint.raw_config.get("quantization_config")
     if values is not None:
         found = _settings(values, "config.json", None)
         if packed is None:

@@ -14,13 +14,13 @@ VIT_PREFIX = TOWER_PREFIX + "vision_model."
 _KNOWN = "Known: convnext-576, openai/clip-*, google/siglip-*."
 
 
-def tower_kind(config: Mapping[str, Any], shapes: Shapes | None = None) -> str:
+def tower_kind(raw: Mapping[str, Any], shapes: Shapes | None = None) -> str:
     """'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`.
 
     Of a path or hub name the last component decides; one that says nothing (a revision, 'vision') leaves it to the
     tensors, and without them to the components before it.
     """
-    name = config.get("mm_vision_tower")
+    name = raw.get("mm_vision_tower")
     if not isinstance(name, str):
         raise CheckpointError(
             f"config.json: 'mm_vision_tower' must be a tower's name, not {shown(name)}.",
@@ -39,9 +39,9 @@ def tower_kind(config: Mapping[str, Any], shapes: Shapes | None = None) -> str:
     )
 
 
-def named_size(config: Mapping[str, Any]) -> int | None:
+def named_size(raw: Mapping[str, Any]) -> int | None:
     """The pixels at the end of a tower's name: 576 of 'convnext-576'."""
-    parts = _components(str(config.get("mm_vision_tower")))
+    parts = _components(str(raw.get("mm_vision_tower")))
     match = re.search(r"-(\d+)$", parts[-1]) if parts else None
     return int(match.group(1)[:12]) or None if match else None
 

@@ -1,6 +1,6 @@
 """Vision towers: which kind a checkpoint has, its sizes read from the tensors, and the tensors it must have.
 
-Pure Python, same floor as facts.py. Released checkpoints do not store the tower's sizes in config.json, so
+Pure Python, as config.py is. Released checkpoints do not store the tower's sizes in config.json, so
 they are inferred from tensor shapes; what shapes cannot tell (a ViT's head count) comes from the published
 models of that width or from `mm_vision_num_attention_heads`.
 """
@@ -142,22 +142,22 @@ Tower = ConvNextTower | VitTower
 CONVNEXT_XXL = ConvNextTower(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072), stem_patch=4, kernel=7)
 
 
-def read_tower(config: Mapping[str, Any], shapes: Shapes) -> Tower:
+def read_tower(raw: Mapping[str, Any], shapes: Shapes) -> Tower:
     """The tower's sizes from tensor shapes (or from `vision_tower_sizes`, which files saved by sfexport have).
 
     Raises:
         CheckpointError: naming the tensor that is missing or cannot be understood.
     """
-    kind = tower_kind(config, shapes)
-    if config.get("vision_tower_sizes") is not None:
-        tower = tower_from_sizes(config["vision_tower_sizes"])
+    kind = tower_kind(raw, shapes)
+    if raw.get("vision_tower_sizes") is not None:
+        tower = tower_from_sizes(raw["vision_tower_sizes"])
         if tower.kind != kind:
             raise CheckpointError(
                 f"config.json: vision_tower_sizes are of a {tower.kind} tower, mm_vision_tower names a {kind}.",
                 "Remove vision_tower_sizes from config.json.",
             )
         return tower
-    return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, config, shapes)
+    return _read_convnext(shapes) if kind == "convnext" else _read_vit(kind, raw, shapes)
 
 
 def tower_from_sizes(sizes: Any) -> Tower:
@@ -260,11 +260,11 @@ def _read_convnext(shapes: Shapes) -> ConvNextTower:
     return ConvNextTower(tuple(depths), tuple(widths), stem[-1], kernel)
 
 
-def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
+def _read_vit(kind: str, raw: Mapping[str, Any], shapes: Shapes) -> VitTower:
     embedding = _shape(shapes, VIT_PREFIX + "embeddings.patch_embedding.weight", 4)
     positions = _shape(shapes, VIT_PREFIX + "embeddings.position_embedding.weight", 2)[0]
     width, patch = embedding[0], embedding[-1]
-    heads = config.get("mm_vision_num_attention_heads")
+    heads = raw.get("mm_vision_num_attention_heads")
     heads = VIT_HEADS.get(width) if heads is None else heads
     if heads is None:
         raise CheckpointError(
@@ -277,17 +277,17 @@ def _read_vit(kind: str, config: Mapping[str, Any], shapes: Shapes) -> VitTower:
             f"width {width}.",
             "Take it from the tower's own config.json.",
         )
-    feature = config.get("mm_vision_select_feature")
+    feature = raw.get("mm_vision_select_feature")
     if feature not in (None, "patch"):
         raise CheckpointError(
             f"config.json: mm_vision_select_feature {shown(feature)} does not give a square grid to pool.",
             "Only 'patch' is supported.",
         )
     num_layers = _count(shapes, re.escape(VIT_PREFIX) + r"encoder\.layers\.(\d+)\.")
-    select = config.get("mm_vision_select_layer")
+    select = raw.get("mm_vision_select_layer")
     select = -2 if select is None else select
     _check_select(select, num_layers, kind)
-    merge = config.get("mm_patch_merge_type")
+    merge = raw.get("mm_patch_merge_type")
     if merge not in (None, "flat"):
         raise CheckpointError(
             f"config.json: mm_patch_merge_type {shown(merge)} is not exported for a {kind} tower.",

@@ -80,6 +80,6 @@ def ask(
             console.say(err=False)
     if as_json:
         head = {"video": video, "engines": str(engines), "backend": pipeline.backend.name}
-        head |= {"mode": mode or pipeline.bundle.facts.slow_fast.decode_mode, "frames": session.frames}
+        head |= {"mode": mode or pipeline.bundle.config.slow_fast.decode_mode, "frames": session.frames}
         head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
         console.document(head | {"questions": [asdict(answer) for answer in answers]})

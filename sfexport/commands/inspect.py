@@ -15,7 +15,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @click.argument("path", type=DIRECTORY)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what is in a checkpoint, bundle or engine directory: facts, inputs and outputs, sizes, versions."""
+    """Show what is in a checkpoint, bundle or engine directory: config, inputs and outputs, sizes, versions."""
     from sfexport.artifacts.inspect import graph_rows, inspect, rows
 
     document = inspect(path)

@@ -236,7 +236,7 @@ def open_backend(engines: Engines) -> Backend:
     for name in GRAPHS:
         # ONNX Runtime opens whatever a graph names: nothing but the bundle's weights, then.
         stored_tensors(engines.path / f"{name}.onnx", bundle)
-    return OnnxRuntimeBackend(engines.path, bundle.weights_directory, bundle.facts)
+    return OnnxRuntimeBackend(engines.path, bundle.weights_directory, bundle.config)
 
 
 def _open_tensorrt(engines: Engines) -> Backend:
@@ -259,4 +259,4 @@ def _open_tensorrt(engines: Engines) -> Backend:
     if engines.content["plugin"] == "python":
         # The class must be there before an engine that uses it is read; its PTX lies beside the engine.
         register_plugins(trt, "python", StoredKernels(engines.path))
-    return TensorRTBackend(trt, engines.path, engines.bundle.facts)
+    return TensorRTBackend(trt, engines.path, engines.bundle.config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 
 VISION_CHUNK = 8  # most frames that one call of encode_frames gets: engines are built for it
 
@@ -48,7 +48,7 @@ class Backend(ABC):
     """Runs one model. Batch 1: a session is one video."""
 
     name: str
-    facts: ModelFacts
+    config: ModelConfig
 
     @abstractmethod
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:

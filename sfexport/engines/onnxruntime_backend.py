@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfexport.artifacts.manifest import GRAPHS
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError, MissingDependency, SfexportError
@@ -122,15 +122,15 @@ class OnnxRuntimeBackend(Backend):
 
     name = RUNTIME
 
-    def __init__(self, graphs: Path, weights_directory: Path, facts: ModelFacts) -> None:
+    def __init__(self, graphs: Path, weights_directory: Path, config: ModelConfig) -> None:
         self._ort = _library()
-        self.facts = facts
+        self.config = config
         self._sessions = {name: open_session(graphs / f"{name}.onnx", weights_directory) for name in GRAPHS}
-        self._slow_names, self._past_names = names.slow_names(facts), names.past_names(facts)
-        self._present_names = names.present_names(facts)
+        self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
+        self._present_names = names.present_names(config)
         types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
         self._dtype = _TYPES[types[names.EMBEDS]]
-        self._empty = self._float(np.zeros((1, facts.text.num_kv_heads, 0, facts.text.head_dim)))
+        self._empty = self._float(np.zeros((1, config.text.num_kv_heads, 0, config.text.head_dim)))
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
         output = names.PROJECTED if single_image else names.SLOW_TOKENS
@@ -139,7 +139,7 @@ class OnnxRuntimeBackend(Backend):
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
         frames, cells, _ = slow_tokens.shape
-        fast = self.facts.slow_fast.fast
+        fast = self.config.slow_fast.fast
         feeds = {
             names.SLOW_TOKENS: self._float(slow_tokens),
             names.FRAME_WEIGHTS: self._value(frame_weights(frames, fast)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfexport.artifacts.manifest import Bundle
-from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import fast_token_count, source_frames
 from sfexport.engines.interface import VISION_CHUNK
 from sfexport.errors import SfexportError
@@ -79,11 +79,11 @@ def resolve_profiles(bundle: Bundle, limits: Limits) -> dict[str, list[Profile]]
 
 def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dict[str, Range]]]:
     """graph -> profile -> symbolic dimension -> range."""
-    facts, frames = bundle.facts, limits.frames
+    config, frames = bundle.config, limits.frames
     cells, picture_cells = (bundle.tokens_per_frame(single_image=x) for x in (False, True))
-    compress = {VIDEO: _compressor_ranges(facts.slow_fast.fast, 1, frames, cells)}
+    compress = {VIDEO: _compressor_ranges(config.slow_fast.fast, 1, frames, cells)}
     if picture_cells != cells:
-        compress[PICTURE] = _compressor_ranges(facts.slow_fast.fast, 1, 1, picture_cells)
+        compress[PICTURE] = _compressor_ranges(config.slow_fast.fast, 1, 1, picture_cells)
     fast_tokens, slow = (max(r[d][2] for r in compress.values()) for d in ("fast_tokens", "slow_tokens"))
     chunk = min(VISION_CHUNK, frames)
     return {
@@ -93,7 +93,7 @@ def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dic
     }
 
 
-def _compressor_ranges(fast: FastPathFacts, least: int, most: int, cells: int) -> dict[str, Range]:
+def _compressor_ranges(fast: FastPathConfig, least: int, most: int, cells: int) -> dict[str, Range]:
     """For `least` to `most` frames of `cells` tokens each."""
     counts = range(least, most + 1)
     fast_frames = [len(source_frames(n, fast)) for n in counts]

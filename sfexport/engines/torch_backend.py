@@ -52,8 +52,8 @@ def load_model(checkpoint: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     opened = Checkpoint.open(checkpoint)
-    names = (n for n in ConfigFields.__struct_fields__ if n in opened.config and n != "quantization_config")
-    config = LlavaQwenSlowFastConfig(**{name: opened.config[name] for name in names})
+    names = (n for n in ConfigFields.__struct_fields__ if n in opened.raw_config and n != "quantization_config")
+    config = LlavaQwenSlowFastConfig(**{name: opened.raw_config[name] for name in names})
     config.set_tower(opened.tower)
     state = _plain_state(opened)
     model, found = LlavaQwenSlowFastForCausalLM.from_pretrained(
@@ -100,7 +100,7 @@ class TorchBackend(Backend):
 
     def __init__(self, checkpoint: Path) -> None:
         self.lm = load_model(checkpoint)
-        self.facts = self.lm.config.facts
+        self.config = self.lm.config.model_config
 
     def use_rounded(self, matrices: Iterable[RoundedMatrix]) -> None:
         """Compute with these in the places of the checkpoint's own."""
@@ -123,7 +123,7 @@ class TorchBackend(Backend):
         model = self.lm.model
         with torch.inference_mode():
             projected = model.mm_projector(model.vision_tower(torch.from_numpy(pixel_values)))
-            stride = 1 if single_image else self.facts.slow_fast.video_pooling_stride
+            stride = 1 if single_image else self.config.slow_fast.video_pooling_stride
             return pool_cells(projected, stride).numpy()
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
@@ -133,8 +133,8 @@ class TorchBackend(Backend):
 
         slow = torch.from_numpy(slow_tokens)
         with torch.inference_mode():
-            fast = fast_tokens(slow, self.facts.slow_fast.fast).numpy()
-            if not self.facts.slow_fast.hybrid_layers:
+            fast = fast_tokens(slow, self.config.slow_fast.fast).numpy()
+            if not self.config.slow_fast.hybrid_layers:
                 return fast, None
             flat = slow.flatten(0, 1)
             key_values = self.lm.model.slow_key_values(flat[None])
@@ -145,7 +145,7 @@ class TorchBackend(Backend):
         import torch
         from transformers import DynamicCache
 
-        layers = range(self.facts.text.num_layers)
+        layers = range(self.config.text.num_layers)
         past = step.past.tensors if step.past else ()
         # A fresh cache each step: K/V handed out earlier (a shared prefix) must not grow.
         cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in layers] if past else None)

@@ -130,12 +130,12 @@ def build_graphs(
         source: where the weights are; None: in the checkpoint.
     """
     source = source or Source.of(checkpoint)
-    weights, facts, dtype = Weights(source.tensors, source.packed), checkpoint.facts, TYPES[precision]
+    weights, config, dtype = Weights(source.tensors, source.packed), checkpoint.config, TYPES[precision]
     tower, size = checkpoint.tower, checkpoint.image.crop
     return {
-        "vision_encoder": lambda: build_vision_encoder(facts, tower, size, weights, dtype),
-        "compressor": lambda: build_compressor(facts, weights, dtype),
-        "decoder": lambda: build_decoder(facts, weights, dtype, head_parts),
+        "vision_encoder": lambda: build_vision_encoder(config, tower, size, weights, dtype),
+        "compressor": lambda: build_compressor(config, weights, dtype),
+        "decoder": lambda: build_decoder(config, weights, dtype, head_parts),
     }
 
 
@@ -162,8 +162,8 @@ def export(
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
         if has_tokenizer(checkpoint.path):
-            marked = bool(checkpoint.config.get("mm_use_im_start_end"))
-            write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked, checkpoint.facts.text.vocab_size)
+            marked = bool(checkpoint.raw_config.get("mm_use_im_start_end"))
+            write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked, checkpoint.config.text.vocab_size)
         source = _source(checkpoint, taken, directory, options, report)
         for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
             report(f"writing {name}.onnx")
@@ -175,7 +175,7 @@ def export(
 
 
 def _check_parts(checkpoint: Checkpoint, options: ExportOptions) -> None:
-    vocabulary = checkpoint.facts.text.vocab_size
+    vocabulary = checkpoint.config.text.vocab_size
     if options.split_lm_head > vocabulary:
         raise InputError(f"--split-lm-head {options.split_lm_head} is more than the head's {vocabulary} rows.")
 
@@ -295,9 +295,9 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
     if (directory / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
     frames = options.frames or checkpoint.fields.mm_training_video_frames or DEFAULT_FRAMES
-    side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.facts.slow_fast.video_pooling_stride
+    side, pooling = checkpoint.tower.grid(checkpoint.image.crop), checkpoint.config.slow_fast.video_pooling_stride
     content = {
-        "model": {**asdict(checkpoint.facts), "tower": asdict(checkpoint.tower)},
+        "model": {**asdict(checkpoint.config), "tower": asdict(checkpoint.tower)},
         "image": asdict(checkpoint.image),
         "tokens_per_frame": {"image": side**2, "video": (side // pooling) ** 2},
         "options": {
@@ -329,6 +329,6 @@ def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out
 def _parameters(checkpoint: Checkpoint) -> int:
     """Parameters in the graphs: all but the embedding table, unless it is the head too."""
     names = set(checkpoint.expected_tensors())
-    if not checkpoint.facts.text.tie_word_embeddings:
+    if not checkpoint.config.text.tie_word_embeddings:
         names.discard("model.embed_tokens.weight")
     return sum(math.prod(checkpoint.tensors[name].shape) for name in names)

@@ -115,7 +115,7 @@ def plan_weights(
         taken: what the checkpoint has in the place of some weights (gptq_awq.adopt).
         rounds: round linear weights, and those of `taken` again that are not symmetric; else take over what there is.
     """
-    text, items, taken = checkpoint.facts.text, [], taken or {}
+    text, items, taken = checkpoint.config.text, [], taken or {}
     for tensor in sorted((checkpoint.tensors[n] for n in checkpoint.expected_tensors()), key=_position):
         if tensor.name == f"{head_name(text)}.weight":
             items += _head_items(tensor, head, head_parts, text.tie_word_embeddings)

@@ -11,33 +11,33 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.graphs.initializers import Weights
 from sfexport.graphs.names import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
 from sfexport.graphs.writer import GraphWriter
 
 
-def build_compressor(facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+def build_compressor(config: ModelConfig, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
     g = GraphWriter("compressor", weights, dtype)
-    hidden = facts.text.hidden_size
+    hidden = config.text.hidden_size
     slow = g.input(SLOW_TOKENS, dtype, ["frames", "cells", hidden])
     with g.scope("fast_path"):
-        _write_fast_path(g, facts, slow)
+        _write_fast_path(g, config, slow)
     flat = g.reshape(slow, -1, hidden)
-    names = iter(slow_names(facts))
-    for layer in facts.slow_fast.hybrid_layers:
+    names = iter(slow_names(config))
+    for layer in config.slow_fast.hybrid_layers:
         with g.scope(f"layers.{layer}"):
-            _write_slow_key_values(g, facts, flat, layer, (next(names), next(names)))
+            _write_slow_key_values(g, config, flat, layer, (next(names), next(names)))
     return g.model()
 
 
-def _write_fast_path(g: GraphWriter, facts: ModelFacts, slow: ir.Value) -> None:
+def _write_fast_path(g: GraphWriter, config: ModelConfig, slow: ir.Value) -> None:
     """Means in float32 whatever the tokens' type: the weights (1/3, say) are not exact in any other."""
-    hidden = facts.text.hidden_size
+    hidden = config.text.hidden_size
     weights = g.input(FRAME_WEIGHTS, ir.DataType.FLOAT, ["fast_frames", "frames"])
     by_frame = g.op("Flatten", g.to_float32(slow), axis=1)
     frames = g.op("MatMul", weights, by_frame)
-    if facts.slow_fast.fast.spatial_stride > 1:
+    if config.slow_fast.fast.spatial_stride > 1:
         cells = g.input(CELL_WEIGHTS, ir.DataType.FLOAT, ["fast_cells", "cells"])
         shape = g.op("Concat", g.ints(-1), g.dims(slow, 1, 3), axis=0)
         frames = g.op("MatMul", cells, g.op("Reshape", frames, shape))
@@ -46,10 +46,10 @@ def _write_fast_path(g: GraphWriter, facts: ModelFacts, slow: ir.Value) -> None:
 
 
 def _write_slow_key_values(
-    g: GraphWriter, facts: ModelFacts, flat: ir.Value, layer: int, names: tuple[str, str]
+    g: GraphWriter, config: ModelConfig, flat: ir.Value, layer: int, names: tuple[str, str]
 ) -> None:
     """RMSNorm and projection of one hybrid layer; the projection's rows lie head by head, K then V."""
-    text, p = facts.text, f"model.layers.{layer}."
+    text, p = config.text, f"model.layers.{layer}."
     normed = g.rms_norm(flat, f"{p}input_layernorm", text.rms_norm_eps)
     packed = g.linear(normed, f"{p}self_attn.cross_attn_kv_proj")
     packed = g.reshape(packed, -1, text.num_kv_heads, 2, text.head_dim)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from sfexport.checkpoint.config import GateFacts, ModelFacts
+from sfexport.checkpoint.config import GateConfig, ModelConfig
 from sfexport.graphs.cross_attention import (
     DOMAIN,
     MASKED,
@@ -79,49 +79,49 @@ class _Shared:
 
 
 def build_decoder(
-    facts: ModelFacts, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, head_parts: int = 1
+    config: ModelConfig, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, head_parts: int = 1
 ) -> ir.Model:
     """Args: `head_parts`: pieces that the language-model head is computed in."""
     g = GraphWriter("decoder", weights, dtype, INT4_OPSET if weights.has_int4 else OPSET)
-    text = facts.text
+    text = config.text
     embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
-    shared = _write_inputs(g, facts, embeds)
+    shared = _write_inputs(g, config, embeds)
     x = g.reshape(embeds, -1, text.hidden_size)
     presents = []
     for i in range(text.num_layers):
         with g.scope(f"layers.{i}"):
-            x, present = _write_layer(g, facts, shared, x, i)
+            x, present = _write_layer(g, config, shared, x, i)
             x.name = hidden_name(i)
             presents += present
-    _write_head(g, facts, shared, x, head_parts)
+    _write_head(g, config, shared, x, head_parts)
     shape = ["batch", text.num_kv_heads, "total", text.head_dim]
-    for name, value in zip(present_names(facts), presents, strict=True):
+    for name, value in zip(present_names(config), presents, strict=True):
         g.output(name, value, dtype, shape)
-    return g.model([cross_attention_function(g.opset)] if facts.slow_fast.hybrid_layers else [])
+    return g.model([cross_attention_function(g.opset)] if config.slow_fast.hybrid_layers else [])
 
 
-def _write_inputs(g: GraphWriter, facts: ModelFacts, embeds: ir.Value) -> _Shared:
+def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value) -> _Shared:
     positions = g.input(POSITIONS, ir.DataType.INT64, ["batch", "sequence"])
     mask = g.input(MASK, ir.DataType.BOOL, ["batch", "total"])
-    past = _key_value_inputs(g, facts, past_names(facts), "past")
-    slow = _key_value_inputs(g, facts, slow_names(facts), "slow")
+    past = _key_value_inputs(g, config, past_names(config), "past")
+    slow = _key_value_inputs(g, config, slow_names(config), "slow")
     attends = lengths = None
     if slow:
         attends = g.input(SLOW_ATTENDS, ir.DataType.BOOL, ["batch", "sequence"])
         lengths = g.input(SLOW_LENGTHS, ir.DataType.INT64, ["batch"])
     with g.scope("rotary"):
-        cos, sin = _write_rotary(g, facts, positions)
+        cos, sin = _write_rotary(g, config, positions)
     with g.scope("mask"):
         bias = _write_mask(g, embeds, mask, past[0][0])
-    by_layer = dict(zip(facts.slow_fast.hybrid_layers, slow, strict=True))
+    by_layer = dict(zip(config.slow_fast.hybrid_layers, slow, strict=True))
     with g.scope("shapes"):
-        shapes = _write_shapes(g, facts, embeds, mask)
+        shapes = _write_shapes(g, config, embeds, mask)
     return _Shared(*shapes, cos, sin, bias, past, by_layer, attends, lengths)
 
 
-def _write_shapes(g: GraphWriter, facts: ModelFacts, embeds: ir.Value, mask: ir.Value) -> list[ir.Value]:
+def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, mask: ir.Value) -> list[ir.Value]:
     """The shapes of _Shared, in its order."""
-    text = facts.text
+    text = config.text
     group = text.num_heads // text.num_kv_heads
     shape, total = g.dims(embeds, 0, 2), g.dims(mask, 1, 2)
     batch, sequence = g.dims(embeds, 0, 1), g.dims(embeds, 1, 2)
@@ -136,18 +136,18 @@ def _write_shapes(g: GraphWriter, facts: ModelFacts, embeds: ir.Value, mask: ir.
 
 
 def _key_value_inputs(
-    g: GraphWriter, facts: ModelFacts, names: list[str], length: str
+    g: GraphWriter, config: ModelConfig, names: list[str], length: str
 ) -> list[tuple[ir.Value, ir.Value]]:
-    shape = ["batch", facts.text.num_kv_heads, length, facts.text.head_dim]
+    shape = ["batch", config.text.num_kv_heads, length, config.text.head_dim]
     values = [g.input(name, g.dtype, shape) for name in names]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _write_rotary(g: GraphWriter, facts: ModelFacts, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _write_rotary(g: GraphWriter, config: ModelConfig, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
     """cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11; see _rotate."""
-    dim = facts.text.head_dim
+    dim = config.text.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    inverse = (1.0 / np.power(np.float32(facts.text.rope_theta), exponents)).astype(np.float32)
+    inverse = (1.0 / np.power(np.float32(config.text.rope_theta), exponents)).astype(np.float32)
     at = g.op("Unsqueeze", g.op("Cast", positions, to=int(ir.DataType.FLOAT)), g.ints(1, 3))
     angles = g.op("Mul", at, g.constant(inverse, "inv_freq"))
     cos, sin = (g.from_float32(g.op(function, angles)) for function in ("Cos", "Sin"))
@@ -168,13 +168,13 @@ def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.V
 
 
 def _write_layer(
-    g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, i: int
+    g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, i: int
 ) -> tuple[ir.Value, list[ir.Value]]:
     """x [batch * sequence, H] -> the same, and the layer's present K and V."""
-    p, eps = f"model.layers.{i}.", facts.text.rms_norm_eps
+    p, eps = f"model.layers.{i}.", config.text.rms_norm_eps
     with g.scope("self_attn"):
         normed = g.rms_norm(x, f"{p}input_layernorm", eps)
-        attended, present = _write_attention(g, facts, shared, normed, i)
+        attended, present = _write_attention(g, config, shared, normed, i)
     x = g.op("Add", x, attended)
     with g.scope("mlp"):
         y = g.rms_norm(x, f"{p}post_attention_layernorm", eps)
@@ -186,9 +186,9 @@ def _write_layer(
 
 
 def _write_attention(
-    g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, i: int
+    g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, i: int
 ) -> tuple[ir.Value, list[ir.Value]]:
-    text, p = facts.text, f"model.layers.{i}.self_attn."
+    text, p = config.text, f"model.layers.{i}.self_attn."
 
     def project(name: str, shape: ir.Value) -> ir.Value:
         return g.transpose(g.heads(x, f"{p}{name}", shape, text.head_dim), 0, 2, 1, 3)
@@ -199,11 +199,11 @@ def _write_attention(
     past_key, past_value = shared.past[i]
     key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", shared.key_shape)), axis=2)
     value = g.op("Concat", past_value, project("v_proj", shared.key_shape), axis=2)
-    output = _write_self_attention(g, facts, shared, query, key, value)
+    output = _write_self_attention(g, config, shared, query, key, value)
     if i in shared.slow:
         output.name = f"hybrid_self_attn.{i}"
         with g.scope("cross_attn"):
-            output = g.op("Add", output, _write_cross_attention(g, facts, shared, query, output, i))
+            output = g.op("Add", output, _write_cross_attention(g, config, shared, query, output, i))
         output.name = f"hybrid_attn_out.{i}"
     return g.linear(output, f"{p}o_proj", bias=False), [key, value]
 
@@ -216,14 +216,14 @@ def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
 
 
 def _write_self_attention(
-    g: GraphWriter, facts: ModelFacts, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
+    g: GraphWriter, config: ModelConfig, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
 ) -> ir.Value:
     """-> [batch * sequence, heads * d], before o_proj. Query heads are grouped by kv head: K and V are not repeated.
 
     The scores are float32 from the product on: Qwen2's large key biases make them leave float16's range, and lose
     in bfloat16 what tells the keys apart.
     """
-    text = facts.text
+    text = config.text
     grouped = g.to_float32(g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim))
     scores = g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2)))
     scores = g.op("Add", g.op("Reshape", scores, shared.by_head_shape), shared.bias)
@@ -234,17 +234,17 @@ def _write_self_attention(
 
 
 def _write_cross_attention(
-    g: GraphWriter, facts: ModelFacts, shared: _Shared, query: ir.Value, output: ir.Value, i: int
+    g: GraphWriter, config: ModelConfig, shared: _Shared, query: ir.Value, output: ir.Value, i: int
 ) -> ir.Value:
     """gate(self-attention output) * context -> [batch * sequence, heads * d]."""
     inputs = (query, *shared.slow[i], shared.attends, shared.lengths)
     context = g.op(OP_TYPE, *inputs, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
-    context = g.reshape(context, -1, facts.text.num_heads * facts.text.head_dim)
-    gate = _write_gate(g, facts.slow_fast.gate, output, f"model.layers.{i}.self_attn.")
+    context = g.reshape(context, -1, config.text.num_heads * config.text.head_dim)
+    gate = _write_gate(g, config.slow_fast.gate, output, f"model.layers.{i}.self_attn.")
     return g.op("Mul", gate, context)
 
 
-def _write_gate(g: GraphWriter, gate: GateFacts, output: ir.Value, p: str) -> ir.Value:
+def _write_gate(g: GraphWriter, gate: GateConfig, output: ir.Value, p: str) -> ir.Value:
     value = g.linear(output, f"{p}cross_attn_gate_proj.0")
     if gate.dynamic_tanh:
         value = g.op("Tanh", value)
@@ -254,14 +254,14 @@ def _write_gate(g: GraphWriter, gate: GateFacts, output: ir.Value, p: str) -> ir
     return value
 
 
-def _write_head(g: GraphWriter, facts: ModelFacts, shared: _Shared, x: ir.Value, parts: int) -> None:
+def _write_head(g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, parts: int) -> None:
     """Logits of the last position. In pieces, where one matrix of the whole vocabulary is too large to allocate."""
-    text = facts.text
+    text = config.text
     shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
     # A slice, because TensorRT does not define a Gather with a negative index.
     last = g.op("Slice", g.op("Reshape", x, shape), g.ints(-1), g.ints(_END), g.ints(1))
     normed = g.rms_norm(g.op("Squeeze", last, g.ints(1)), "model.norm", text.rms_norm_eps)
-    name = head_name(facts.text)
+    name = head_name(config.text)
     if parts == 1:
         logits = g.linear(normed, name, bias=False)
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from sfexport.checkpoint.checkpoint import Tensor
-from sfexport.checkpoint.config import TextFacts
+from sfexport.checkpoint.config import TextConfig
 from sfexport.errors import CheckpointError
 
 DTYPES = {
@@ -120,6 +120,6 @@ def even_parts(total: int, parts: int) -> list[Rows]:
     return list(zip(starts, [*starts[1:], total], strict=True))
 
 
-def head_name(text: TextFacts) -> str:
+def head_name(text: TextConfig) -> str:
     """The linear layer that makes logits, without '.weight'."""
     return "model.embed_tokens" if text.tie_word_embeddings else "lm_head"

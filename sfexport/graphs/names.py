@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 
 # vision_encoder
 PIXELS = "pixel_values"
@@ -26,19 +26,19 @@ LOGITS = "logits"
 FEATURES = "vision_features"
 
 
-def slow_names(facts: ModelFacts) -> list[str]:
+def slow_names(config: ModelConfig) -> list[str]:
     """Slow K/V, key and value by hybrid layer: compressor outputs, decoder inputs."""
-    return [f"slow_key_values.{k}.{x}" for k in range(len(facts.slow_fast.hybrid_layers)) for x in ("key", "value")]
+    return [f"slow_key_values.{k}.{x}" for k in range(len(config.slow_fast.hybrid_layers)) for x in ("key", "value")]
 
 
-def past_names(facts: ModelFacts) -> list[str]:
+def past_names(config: ModelConfig) -> list[str]:
     """Text K/V before a step, key and value by layer."""
-    return [f"past_key_values.{i}.{x}" for i in range(facts.text.num_layers) for x in ("key", "value")]
+    return [f"past_key_values.{i}.{x}" for i in range(config.text.num_layers) for x in ("key", "value")]
 
 
-def present_names(facts: ModelFacts) -> list[str]:
+def present_names(config: ModelConfig) -> list[str]:
     """Text K/V after a step, in the order of past_names."""
-    return [name.replace("past_key_values", "present") for name in past_names(facts)]
+    return [name.replace("past_key_values", "present") for name in past_names(config)]
 
 
 def hidden_name(layer: int) -> str:

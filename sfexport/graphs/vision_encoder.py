@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sfexport.checkpoint.config import TOWER_PREFIX, ModelFacts, ProjectorFacts
+from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig, ProjectorConfig
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower
 from sfexport.graphs.initializers import Weights
 from sfexport.graphs.names import FEATURES, PIXELS, PROJECTED, SLOW_TOKENS
@@ -20,20 +20,20 @@ from sfexport.graphs.writer import GraphWriter
 
 
 def build_vision_encoder(
-    facts: ModelFacts, tower: Tower, image_size: int, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT
+    config: ModelConfig, tower: Tower, image_size: int, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT
 ) -> ir.Model:
     """The graph for square frames of `image_size` pixels; the number of frames is dynamic."""
     g = GraphWriter("vision_encoder", weights, dtype)
     pixels = g.input(PIXELS, dtype, ["frames", 3, image_size, image_size])
-    side, hidden = tower.grid(image_size), facts.text.hidden_size
+    side, hidden = tower.grid(image_size), config.text.hidden_size
     write_tower = write_convnext if isinstance(tower, ConvNextTower) else write_vit
     features = write_tower(g, tower, pixels)
     features.name = FEATURES
     with g.scope("mm_projector"):
-        projected = write_projector(g, facts.projector, features)
+        projected = write_projector(g, config.projector, features)
     cells = side * side
     grid = g.reshape(projected, -1, side, side, hidden)
-    pooled, pooled_side = write_pooling(g, grid, facts.slow_fast.video_pooling_stride, side)
+    pooled, pooled_side = write_pooling(g, grid, config.slow_fast.video_pooling_stride, side)
     slow = g.reshape(pooled, -1, pooled_side**2, hidden)
     g.output(SLOW_TOKENS, slow, dtype, ["frames", pooled_side**2, hidden])
     g.output(PROJECTED, g.reshape(projected, -1, cells, hidden), dtype, ["frames", cells, hidden])
@@ -77,14 +77,14 @@ def _write_block(g: GraphWriter, tower: ConvNextTower, stage: int, x: ir.Value, 
     return g.op("Add", x, g.transpose(g.op("Reshape", y, shape), 0, 3, 1, 2))
 
 
-def write_projector(g: GraphWriter, facts: ProjectorFacts, x: ir.Value) -> ir.Value:
+def write_projector(g: GraphWriter, config: ProjectorConfig, x: ir.Value) -> ir.Value:
     """[rows, C] -> [rows, H]."""
-    if facts.kind == "identity":
+    if config.kind == "identity":
         return x
-    first, *others = facts.linear_names()
+    first, *others = config.linear_names()
     x = g.linear(x, first)
     for i, name in enumerate(others):
-        x = g.srelu(x, facts.srelu_names()[i]) if facts.activation == "srelu" else g.gelu(x)
+        x = g.srelu(x, config.srelu_names()[i]) if config.activation == "srelu" else g.gelu(x)
         x = g.linear(x, name)
     return x
 

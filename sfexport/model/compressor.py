@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.config import FastPathConfig
 
 
 def pool_cells(tokens: Tensor, k: int) -> Tensor:
@@ -32,7 +32,7 @@ def slow_tokens(projected: Tensor, pooling_stride: int) -> Tensor:
     return pool_cells(projected, pooling_stride) if projected.shape[0] > 1 else projected
 
 
-def fast_tokens(slow: Tensor, fast: FastPathFacts) -> Tensor:
+def fast_tokens(slow: Tensor, fast: FastPathConfig) -> Tensor:
     """Sampling, temporal pooling, spatial pooling: [T, P, H] -> [F * P', H], time-major."""
     frames = slow
     if slow.shape[0] > 1:
@@ -41,7 +41,7 @@ def fast_tokens(slow: Tensor, fast: FastPathFacts) -> Tensor:
     return pool_cells(frames, fast.spatial_stride).flatten(0, 1)
 
 
-def sampled_frames(total: int, fast: FastPathFacts) -> list[int]:
+def sampled_frames(total: int, fast: FastPathConfig) -> list[int]:
     """Indices of the frames the fast path sees; the reference's float division and truncation."""
     if fast.sampling_stride == 1 or total < fast.min_frames:
         return list(range(total))
@@ -50,7 +50,7 @@ def sampled_frames(total: int, fast: FastPathFacts) -> list[int]:
     return [min(int(i * stride), total - 1) for i in range(count)]
 
 
-def pool_time(frames: Tensor, fast: FastPathFacts) -> Tensor:
+def pool_time(frames: Tensor, fast: FastPathConfig) -> Tensor:
     """Means of `temporal_stride` frames, or of min_frames overlapping windows where that leaves too few."""
     total, stride = frames.shape[0], fast.temporal_stride
     if stride == 1:

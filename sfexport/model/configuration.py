@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sfexport.checkpoint.config import MODEL_TYPE, ModelFacts
+from sfexport.checkpoint.config import MODEL_TYPE, ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower, tower_from_sizes
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _DEFAULTS = {
 
 
 class LlavaQwenSlowFastConfig(PretrainedConfig):
-    """The fields of config.json, kept as they are; what they mean is decided by `facts`.
+    """The fields of config.json, kept as they are; what they mean is decided by `model_config`.
 
     Two fields are ours: `decode_mode` ('released' or 'trained', see DECODE_MODES) and `vision_tower_sizes`, the
     tower's sizes, which released files do not store: `from_pretrained` reads them from the tensors.
@@ -61,9 +61,9 @@ class LlavaQwenSlowFastConfig(PretrainedConfig):
             self.rope_parameters = parameters
 
     @property
-    def facts(self) -> ModelFacts:
+    def model_config(self) -> ModelConfig:
         """The parsed fields; raises CheckpointError naming a field without meaning."""
-        return ModelFacts.from_config(vars(self) | {"model_type": MODEL_TYPE})
+        return ModelConfig.from_dict(vars(self) | {"model_type": MODEL_TYPE})
 
     @property
     def tower(self) -> Tower:

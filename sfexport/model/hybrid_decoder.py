@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from sfexport.checkpoint.config import GateFacts, ModelFacts, TextFacts
+from sfexport.checkpoint.config import GateConfig, ModelConfig, TextConfig
 from sfexport.model.qwen2 import Attention, CausalMask, Mlp, RMSNorm, Rotary, attend
 
 
@@ -34,7 +34,7 @@ class HybridAttention(Attention):
     """Self-attention whose output, before o_proj, is increased by g * cross-attention for some positions."""
 
     def __init__(
-        self, text: TextFacts, layer_index: int, hybrid_index: int, gate: GateFacts, dropout: float = 0.0
+        self, text: TextConfig, layer_index: int, hybrid_index: int, gate: GateConfig, dropout: float = 0.0
     ) -> None:
         super().__init__(text, layer_index, dropout)
         self.hybrid_index, self.gate, self.kv_heads = hybrid_index, gate, text.num_kv_heads
@@ -86,9 +86,9 @@ class HybridAttention(Attention):
 class DecoderLayer(nn.Module):
     """Norm and attention, norm and MLP, each added to its input. Only hybrid layers look at `slow`."""
 
-    def __init__(self, facts: ModelFacts, index: int, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, index: int, dropout: float = 0.0) -> None:
         super().__init__()
-        text, slow_fast = facts.text, facts.slow_fast
+        text, slow_fast = config.text, config.slow_fast
         self.is_hybrid = index in slow_fast.hybrid_layers
         if self.is_hybrid:
             hybrid_index = slow_fast.hybrid_layers.index(index)

@@ -128,7 +128,7 @@ def _pad(rows: list[_Row], side: str) -> Merged:
 
 
 def attending_positions(token_types: Tensor, attends: str) -> Tensor:
-    """Which positions query the slow tokens, bool [B, L], for SlowFastFacts.attends.
+    """Which positions query the slow tokens, bool [B, L], for SlowFastConfig.attends.
 
     'text' takes prompt and answer text; 'text-after-video' leaves out what comes before the first visual
     token; 'all' takes every position, padding included, as the reference does.

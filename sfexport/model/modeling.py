@@ -42,7 +42,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LlavaQwenSlowFastConfig) -> None:
         super().__init__(config)
-        text = config.facts.text
+        text = config.model_config.text
         self.model = LlavaQwenSlowFastModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
@@ -98,7 +98,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
             attention_mask, labels: [B, N] or None.
             padding_side: of the merged rows; None: the configuration's.
         """
-        text, slow_fast = self.config.facts.text, self.config.facts.slow_fast
+        text, slow_fast = self.config.model_config.text, self.config.model_config.slow_fast
         if images is not None and len(images) != len(input_ids):
             raise InputError(f"{len(input_ids)} prompts need as many videos or images; {len(images)} were given.")
         videos = None
@@ -204,7 +204,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         Args:
             decode_mode: 'released' or 'trained'; None takes the configuration's.
         """
-        decode_mode = decode_mode or self.config.facts.slow_fast.decode_mode
+        decode_mode = decode_mode or self.config.model_config.slow_fast.decode_mode
         if decode_mode not in DECODE_MODES:
             raise InputError(f"Unknown decode mode {decode_mode!r}; choose one of {', '.join(DECODE_MODES)}.")
         if inputs is None:

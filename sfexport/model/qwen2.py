@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
-from sfexport.checkpoint.config import TextFacts
+from sfexport.checkpoint.config import TextConfig
 from sfexport.errors import InputError
 
 Rotary = tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def rotary_tables(position_ids: Tensor, text: TextFacts, dtype: torch.dtype) -> Rotary:
+def rotary_tables(position_ids: Tensor, text: TextConfig, dtype: torch.dtype) -> Rotary:
     """Cosine and sine of positions [B, S], each [B, 1, S, head_dim], computed in float32."""
     steps = torch.arange(0, text.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[..., None].float() * (1.0 / text.rope_theta ** (steps / text.head_dim))
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         dropout: of the attention's probabilities, in training.
     """
 
-    def __init__(self, text: TextFacts, layer_index: int, dropout: float = 0.0) -> None:
+    def __init__(self, text: TextConfig, layer_index: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.head_dim, self.layer_index, self.dropout = text.head_dim, layer_index, dropout
         width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, text: TextFacts) -> None:
+    def __init__(self, text: TextConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
         self.up_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)

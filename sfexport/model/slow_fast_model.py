@@ -75,14 +75,16 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
 
     def __init__(self, config: LlavaQwenSlowFastConfig) -> None:
         super().__init__(config)
-        facts = config.facts
-        text = facts.text
+        model_config = config.model_config
+        text = model_config.text
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(facts, i, config.attention_dropout) for i in range(text.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(model_config, i, config.attention_dropout) for i in range(text.num_layers)
+        )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.gradient_checkpointing = False
         self.vision_tower = VisionTower(config.tower)
-        self.mm_projector = build_projector(facts.projector, text.hidden_size)
+        self.mm_projector = build_projector(model_config.projector, text.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,16 +95,16 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
 
     def encode_videos(self, videos: Sequence[Tensor | None]) -> EncodedVideos:
         """Frames [T, 3, S, S], one image [3, S, S] or None per row -> slow and fast tokens."""
-        facts = self.config.facts.slow_fast
+        model_config = self.config.model_config.slow_fast
         frames = [v if v.ndim == 4 else v[None] for v in videos if v is not None]
         projected = self.mm_projector(self.vision_tower(torch.cat([v.to(self.dtype) for v in frames])))
         per_video = iter(projected.split([len(v) for v in frames]))
         nothing = projected[:0].flatten(0, 1)
         out = EncodedVideos([], [])
         for video in videos:
-            slow = None if video is None else slow_tokens(next(per_video), facts.video_pooling_stride)
+            slow = None if video is None else slow_tokens(next(per_video), model_config.video_pooling_stride)
             out.slow.append(nothing if slow is None else slow.flatten(0, 1))
-            out.fast.append(nothing if slow is None else fast_tokens(slow, facts.fast))
+            out.fast.append(nothing if slow is None else fast_tokens(slow, model_config.fast))
         return out
 
     def slow_key_values(self, slow: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
         if position_ids is None:
             position_ids = count_positions(attention_mask, past, count, inputs_embeds.device)
         hidden = inputs_embeds
-        rotary = rotary_tables(position_ids, self.config.facts.text, hidden.dtype)
+        rotary = rotary_tables(position_ids, self.config.model_config.text, hidden.dtype)
         mask = CausalMask(attention_mask, past, count, hidden.device)
         states = []
         for layer in self.layers:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sfexport.checkpoint.config import DECODE_MODES
-from sfexport.checkpoint.image_processor import ImageFacts
+from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.parity.compare import Comparison, Tolerance, compare, worst
 from sfexport.parity.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
@@ -200,7 +200,7 @@ def _pair(mode: str, question: str, engine: Answered, torch: Answered) -> Answer
     return AnswerPair(mode, question, engine.text, torch.text, len(torch.ids), equal, engine.ids == torch.ids)
 
 
-def unprepare(pixels: np.ndarray, image: ImageFacts) -> np.ndarray:
+def unprepare(pixels: np.ndarray, image: ImageProcessorConfig) -> np.ndarray:
     """The frames that `preprocess` made these pixels of, after resizing: float32 [n, 3, S, S] -> uint8 [n, S, S, 3]."""
     mean, std = (np.array(values, np.float32) for values in (image.mean, image.std))
     return np.rint((pixels.transpose(0, 2, 3, 1) * std + mean) * 255).astype(np.uint8)

@@ -232,7 +232,7 @@ def prompt_inputs(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[
     """Merged embeddings [L, H] and attending positions [L]."""
     ids, embed = pipeline.tokenizer.prompt(question), pipeline.embedding
     embeds = np.concatenate([embed(ids.before), fast, embed(ids.after)])
-    mode = pipeline.bundle.facts.slow_fast.attends
+    mode = pipeline.bundle.config.slow_fast.attends
     before, visual, after = len(ids.before), len(fast), len(ids.after)
     return embeds, np.repeat([mode != "text-after-video", mode == "all", True], [before, visual, after])
 

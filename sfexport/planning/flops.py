@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfexport.checkpoint.config import TOWER_PREFIX, ModelFacts
+from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig
 from sfexport.checkpoint.fast_path import fast_token_count
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.export.rounding import block_for
@@ -71,12 +71,12 @@ class Lengths:
         return self.before + self.fast + self.question
 
 
-def lengths(facts: ModelFacts, tower: Tower, image_size: int, frames: int, before: int, question: int) -> Lengths:
+def lengths(config: ModelConfig, tower: Tower, image_size: int, frames: int, before: int, question: int) -> Lengths:
     """Of a prompt about `frames` frames; one frame is a single image, whose tokens are not pooled."""
     side = tower.grid(image_size)
-    cells = side**2 if frames == 1 else (side // facts.slow_fast.video_pooling_stride) ** 2
-    fast = fast_token_count(frames, cells, facts.slow_fast.fast)
-    return Lengths(frames, before, fast, question, frames * cells if facts.slow_fast.hybrid_layers else 0)
+    cells = side**2 if frames == 1 else (side // config.slow_fast.video_pooling_stride) ** 2
+    fast = fast_token_count(frames, cells, config.slow_fast.fast)
+    return Lengths(frames, before, fast, question, frames * cells if config.slow_fast.hybrid_layers else 0)
 
 
 def tower_flops(tower: Tower, image_size: int) -> int:
@@ -105,25 +105,25 @@ def _vit_flops(tower: VitTower, image_size: int) -> int:
     return 2 * cells * 3 * tower.patch**2 * width + tower.num_layers_used * 2 * tokens * layer
 
 
-def projector_flops(facts: ModelFacts, tokens: int) -> int:
+def projector_flops(config: ModelConfig, tokens: int) -> int:
     """Of `tokens` tower features: every cell of every frame, before pooling."""
-    projector, hidden = facts.projector, facts.text.hidden_size
+    projector, hidden = config.projector, config.text.hidden_size
     if projector.kind == "identity":
         return 0
     return 2 * tokens * (projector.in_size * hidden + (projector.depth - 1) * hidden**2)
 
 
-def vision_flops(facts: ModelFacts, tower: Tower, image_size: int, frames: int) -> int:
+def vision_flops(config: ModelConfig, tower: Tower, image_size: int, frames: int) -> int:
     """Tower and projector, all frames."""
     cells = tower.grid(image_size) ** 2
-    return frames * tower_flops(tower, image_size) + projector_flops(facts, frames * cells)
+    return frames * tower_flops(tower, image_size) + projector_flops(config, frames * cells)
 
 
-def slow_key_value_flops(facts: ModelFacts, slow: int) -> int:
+def slow_key_value_flops(config: ModelConfig, slow: int) -> int:
     """The compressor's projections of `slow` slow tokens, once per video."""
-    text = facts.text
+    text = config.text
     width = 2 * text.num_kv_heads * text.head_dim
-    return 2 * slow * text.hidden_size * width * len(facts.slow_fast.hybrid_layers)
+    return 2 * slow * text.hidden_size * width * len(config.slow_fast.hybrid_layers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class DecoderFlops:
 
 
 def decoder_flops(
-    facts: ModelFacts, positions: int, past: int = 0, slow: int = 0, rows: int | None = None, logits: int = 1
+    config: ModelConfig, positions: int, past: int = 0, slow: int = 0, rows: int | None = None, logits: int = 1
 ) -> DecoderFlops:
     """A prefill of `positions` positions behind `past` others, or a decode step (one position).
 
@@ -150,7 +150,7 @@ def decoder_flops(
         rows: positions that attend to them; None: all.
         logits: positions whose logits are computed.
     """
-    text, hybrid = facts.text, len(facts.slow_fast.hybrid_layers) if slow else 0
+    text, hybrid = config.text, len(config.slow_fast.hybrid_layers) if slow else 0
     width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     rows = positions if rows is None else rows
     per_position = 2 * text.hidden_size * (width + kv_width) + 3 * text.hidden_size * text.intermediate_size
@@ -171,9 +171,9 @@ class Call:
     slow: int
 
 
-def prefill_calls(facts: ModelFacts, at: Lengths) -> dict[str, Call]:
+def prefill_calls(config: ModelConfig, at: Lengths) -> dict[str, Call]:
     """'before' and 'fast', once per video, and 'question'. Only calls with positions that attend get slow tokens."""
-    attends = facts.slow_fast.attends
+    attends = config.slow_fast.attends
     return {
         "before": Call(at.before, 0, 0 if attends == "text-after-video" else at.slow),
         "fast": Call(at.fast, at.before, at.slow if attends == "all" else 0),
@@ -181,15 +181,15 @@ def prefill_calls(facts: ModelFacts, at: Lengths) -> dict[str, Call]:
     }
 
 
-def call_flops(facts: ModelFacts, call: Call) -> int:
-    return decoder_flops(facts, call.positions, call.past, call.slow).total
+def call_flops(config: ModelConfig, call: Call) -> int:
+    return decoder_flops(config, call.positions, call.past, call.slow).total
 
 
-def weight_bytes(facts: ModelFacts, tower: Tower, storage: Storage) -> dict[str, int]:
+def weight_bytes(config: ModelConfig, tower: Tower, storage: Storage) -> dict[str, int]:
     """By part (PARTS). A head tied to the embedding counts in both: the decoder holds it, the table stays a file."""
     out = dict.fromkeys(PARTS, 0)
-    text = facts.text
-    for name, shape in (facts.expected_tensors() | tower.expected_tensors()).items():
+    text = config.text
+    for name, shape in (config.expected_tensors() | tower.expected_tensors()).items():
         out[_part(name)] += _tensor_bytes(name, shape, storage)
     if text.tie_word_embeddings:
         out["head"] = _matrix_bytes(text.vocab_size, text.hidden_size, storage.head_bits, storage.width)
@@ -222,23 +222,23 @@ def _matrix_bytes(outputs: int, inputs: int, bits: int, width: int) -> int:
     return outputs * inputs * bits // 8 + outputs * inputs // block * width
 
 
-def text_key_value_bytes(facts: ModelFacts, positions: int, width: int) -> int:
+def text_key_value_bytes(config: ModelConfig, positions: int, width: int) -> int:
     """K and V of every layer. Args: `width`: bytes of an element."""
-    text = facts.text
+    text = config.text
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * positions * width
 
 
-def slow_key_value_bytes(facts: ModelFacts, slow: int, width: int) -> int:
+def slow_key_value_bytes(config: ModelConfig, slow: int, width: int) -> int:
     """K and V of every hybrid layer."""
-    text = facts.text
-    return 2 * len(facts.slow_fast.hybrid_layers) * text.num_kv_heads * text.head_dim * slow * width
+    text = config.text
+    return 2 * len(config.slow_fast.hybrid_layers) * text.num_kv_heads * text.head_dim * slow * width
 
 
-def call_bytes(facts: ModelFacts, weights: Mapping[str, int], call: Call, width: int) -> int:
+def call_bytes(config: ModelConfig, weights: Mapping[str, int], call: Call, width: int) -> int:
     """What a call of the decoder reads at least: every weight once, and the K/V of what it attends to.
 
     Args:
         weights: by part, from weight_bytes. width: bytes of a K/V element.
     """
-    text = text_key_value_bytes(facts, call.past + call.positions, width)
-    return weights["decoder"] + weights["head"] + text + slow_key_value_bytes(facts, call.slow, width)
+    text = text_key_value_bytes(config, call.past + call.positions, width)
+    return weights["decoder"] + weights["head"] + text + slow_key_value_bytes(config, call.slow, width)

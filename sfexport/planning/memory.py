@@ -48,7 +48,7 @@ def _of_graph(name: str, weights: Mapping[str, int]) -> int:
 
 def cpu_weight_bytes(checkpoint: Checkpoint, storage: Storage) -> dict[str, int]:
     """What ONNX Runtime's CPU holds, by part."""
-    weights = weight_bytes(checkpoint.facts, checkpoint.tower, storage)
+    weights = weight_bytes(checkpoint.config, checkpoint.tower, storage)
     bits = {"decoder": storage.body_bits, "head": storage.head_bits}
     return {part: round(n * (_PACKED[part] if bits.get(part, 32) < 32 else 1)) for part, n in weights.items()}
 
@@ -104,4 +104,4 @@ def _host_arrays(bundle: Bundle, frames: int) -> int:
     """NumPy's pixels of one call and slow tokens of all frames, float32."""
     cells = bundle.tokens_per_frame(single_image=frames == 1)
     pixels = min(frames, VISION_CHUNK) * 3 * bundle.image.crop**2
-    return 4 * (pixels + frames * cells * bundle.facts.text.hidden_size)
+    return 4 * (pixels + frames * cells * bundle.config.text.hidden_size)

@@ -152,13 +152,13 @@ def plan(path: Path, target: str | None = None, frames: int | None = None, jetpa
         else:
             memory = _Memory({4: wide, 2: narrow}, limits)
             targets = [_on_target(checkpoint, memory, at, target) for target in chosen]
-    facts, size = checkpoint.facts, checkpoint.image.crop
+    config, size = checkpoint.config, checkpoint.image.crop
     flops = {
-        "vision": vision_flops(facts, checkpoint.tower, size, at.frames),
-        "compressor": slow_key_value_flops(facts, at.slow),
-        **{f"prefill_{name}": flops_of(facts, call) for name, call in prefill_calls(facts, at).items()},
+        "vision": vision_flops(config, checkpoint.tower, size, at.frames),
+        "compressor": slow_key_value_flops(config, at.slow),
+        **{f"prefill_{name}": flops_of(config, call) for name, call in prefill_calls(config, at).items()},
     }
-    return Plan(path, at, limits, flops, facts.slow_fast.decode_mode, tuple(targets))
+    return Plan(path, at, limits, flops, config.slow_fast.decode_mode, tuple(targets))
 
 
 def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target] | None:
@@ -195,9 +195,9 @@ def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | Non
 
 
 def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
-    facts = checkpoint.facts
-    at = lengths(facts, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
-    most = facts.text.max_length
+    config = checkpoint.config
+    at = lengths(config, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
+    most = config.text.max_length
     if most is not None and at.prompt > most:
         raise InputError(
             f"{frames} frames make {at.fast:,} fast tokens with this checkpoint's strides; with "
@@ -224,14 +224,14 @@ class _Memory:
 
 
 def _on_target(checkpoint: Checkpoint, memory: _Memory, at: Lengths, target: Target) -> TargetPlan:
-    facts, tower, size = checkpoint.facts, checkpoint.tower, checkpoint.image.crop
+    config, tower, size = checkpoint.config, checkpoint.tower, checkpoint.image.crop
     mapped = maps_weights(target.tensorrt)
     found = []
     for storage in storages(checkpoint.half_precision):
-        weights = weight_bytes(facts, tower, storage)
+        weights = weight_bytes(config, tower, storage)
         needs = memory.of(storage, weights, mapped)
         builds, answers = _fits(needs, target)
-        speed = estimate_speed(facts, tower, size, at, storage, weights, target)
+        speed = estimate_speed(config, tower, size, at, storage, weights, target)
         found.append(Figures(storage, weights, needs, builds, answers, speed))
     return TargetPlan(target.name, target.jetpack, round(1e9 * target.memory_gb), efficiency_on(target), tuple(found))
 

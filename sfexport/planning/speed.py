@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.vision_tower import Tower
 from sfexport.machines.targets import Target
 from sfexport.planning.flops import (
@@ -85,7 +85,7 @@ class Speed:
 
 
 def estimate_speed(
-    facts: ModelFacts,
+    config: ModelConfig,
     tower: Tower,
     image_size: int,
     at: Lengths,
@@ -101,15 +101,15 @@ def estimate_speed(
 
     def call_seconds(call: Call) -> float | None:
         """Of reading and computing the longer one."""
-        reading = call_bytes(facts, weights, call, storage.width) / bandwidth
-        return None if rate is None else max(reading, call_flops(facts, call) / (rate * share))
+        reading = call_bytes(config, weights, call, storage.width) / bandwidth
+        return None if rate is None else max(reading, call_flops(config, call) / (rate * share))
 
-    before, fast, question = (call_seconds(call) for call in prefill_calls(facts, at).values())
-    slow = at.slow if facts.slow_fast.decode_mode == "trained" else 0
-    step = call_bytes(facts, weights, Call(1, at.prompt, slow), storage.width) / bandwidth
+    before, fast, question = (call_seconds(call) for call in prefill_calls(config, at).values())
+    slow = at.slow if config.slow_fast.decode_mode == "trained" else 0
+    step = call_bytes(config, weights, Call(1, at.prompt, slow), storage.width) / bandwidth
     return Speed(
-        vision=None if rate is None else vision_flops(facts, tower, image_size, at.frames) / (rate * attained.vision),
-        compressor=None if rate is None else slow_key_value_flops(facts, at.slow) / (rate * attained.prefill),
+        vision=None if rate is None else vision_flops(config, tower, image_size, at.frames) / (rate * attained.vision),
+        compressor=None if rate is None else slow_key_value_flops(config, at.slow) / (rate * attained.prefill),
         prefix=None if rate is None else before + fast,
         question=question,
         tokens_per_second=1 / step,

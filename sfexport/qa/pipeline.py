@@ -48,7 +48,7 @@ class Pipeline:
         """Raises BundleError for a directory that is not usable here, before any engine is loaded."""
         opened = Engines.open(as_path(engines, "An engine directory"))
         check_runtime(opened)
-        marked = bool(opened.bundle.config.get("mm_use_im_start_end"))
+        marked = bool(opened.bundle.raw_config.get("mm_use_im_start_end"))
         return cls(opened, ChatTokenizer.from_file(opened.bundle.path / TOKENIZER_FILE, marked))
 
     @cached_property
@@ -58,7 +58,7 @@ class Pipeline:
 
     def generation_options(self) -> GenerationOptions:
         """The checkpoint's defaults."""
-        config, own = self.bundle.generation_config(), self.bundle.config.get("eos_token_id")
+        config, own = self.bundle.generation_config(), self.bundle.raw_config.get("eos_token_id")
         # transformers reads config.json's end tokens only where there is no generation_config.json.
         options = GenerationOptions.from_config(config, self.tokenizer.end_of_turn(), own if not config else None)
         options.check_tokens(self.tokenizer.vocabulary_size)
@@ -125,10 +125,10 @@ class Pipeline:
 
     def check_question(self, question: str, frames: int, control_tokens: bool = False) -> None:
         """Raises InputError for a question that is empty or does not fit behind `frames` sampled frames."""
-        facts = self.bundle.facts
+        config = self.bundle.config
         cells = self.bundle.tokens_per_frame(single_image=frames == 1)
-        fast_tokens = fast_token_count(frames, cells, facts.slow_fast.fast)
-        check_question(question, self.tokenizer, fast_tokens, facts.text, control_tokens)
+        fast_tokens = fast_token_count(frames, cells, config.slow_fast.fast)
+        check_question(question, self.tokenizer, fast_tokens, config.text, control_tokens)
 
     def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
         """Distinct frame indices, and for each sampled frame its place among them."""
@@ -154,22 +154,22 @@ class Pipeline:
 
     def check_frames(self, frames: int) -> None:
         """Raises InputError for more frames than the model or the engines take with the shortest question."""
-        facts, limits = self.bundle.facts, self.engines.content.get("limits")
+        config, limits = self.bundle.config, self.engines.content.get("limits")
         most = limits.get("frames") if isinstance(limits, dict) else None
         if isinstance(most, int) and frames > most:
             raise InputError(
                 f"The engines take at most {most} frames of a video, not {frames}.",
                 f"Use fewer (--frames), or build again with --frames {frames}.",
             )
-        if facts.text.max_length is None:
+        if config.text.max_length is None:
             return
         cells = self.bundle.tokens_per_frame(single_image=frames == 1)
-        fast_tokens, ids = fast_token_count(frames, cells, facts.slow_fast.fast), self.tokenizer.prompt("?")
+        fast_tokens, ids = fast_token_count(frames, cells, config.slow_fast.fast), self.tokenizer.prompt("?")
         total = len(ids.before) + fast_tokens + len(ids.after)
-        if total > facts.text.max_length:
+        if total > config.text.max_length:
             raise InputError(
                 f"The video does not fit: {frames} frames make {fast_tokens} tokens, {total} with the shortest "
-                f"question, and the model takes {facts.text.max_length}.",
+                f"question, and the model takes {config.text.max_length}.",
                 "Use fewer frames (--frames).",
             )
 

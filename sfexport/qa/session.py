@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sfexport.checkpoint.config import DECODE_MODES, TextFacts
+from sfexport.checkpoint.config import DECODE_MODES, TextConfig
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
@@ -67,12 +67,12 @@ class _Pending:
 
 
 def check_question(
-    question: str, tokenizer: ChatTokenizer, fast_tokens: int, text: TextFacts, control_tokens: bool = False
+    question: str, tokenizer: ChatTokenizer, fast_tokens: int, text: TextConfig, control_tokens: bool = False
 ) -> list[int]:
     """The question's own token ids (all that follows the video).
 
     Args:
-        text: the model's facts: how many positions it takes, and how many rows its table of tokens has.
+        text: the model's config: how many positions it takes, and how many rows its table of tokens has.
         control_tokens: see ChatTokenizer.prompt.
 
     Raises:
@@ -114,7 +114,7 @@ class VideoSession:
         """Args: `fast` float32 [fast tokens, H]; `slow` the hybrid layers' slow K/V, None for no slow branch."""
         watch = watch or Stopwatch()
         self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
-        self._attends, self._slow = backend.facts.slow_fast.attends, slow
+        self._attends, self._slow = backend.config.slow_fast.attends, slow
         self.frames, self.fast_tokens, self.slow_tokens = 0, len(fast), slow.length if slow else 0
         with watch.stage("prefix"):
             self._prefix = self._prefill_prefix(fast)
@@ -161,10 +161,10 @@ class VideoSession:
         Raises:
             InputError: an empty question, one that does not fit, an unknown mode.
         """
-        mode = mode or self._backend.facts.slow_fast.decode_mode
+        mode = mode or self._backend.config.slow_fast.decode_mode
         if mode not in DECODE_MODES:
             raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
-        text = self._backend.facts.text
+        text = self._backend.config.text
         ids = check_question(question, self._tokenizer, self.fast_tokens, text, control_tokens)
         sampler = Sampler(options, self._prefix.length + len(ids))
         watch = Stopwatch()

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sfexport.checkpoint.checkpoint import INDEX_FILE
-from sfexport.checkpoint.config import MODEL_TYPE, TOWER_PREFIX, ModelFacts, Shapes
+from sfexport.checkpoint.config import MODEL_TYPE, TOWER_PREFIX, ModelConfig, Shapes
 from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.errors import InputError
@@ -202,7 +202,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _all_shapes(config: Mapping[str, Any], tower: Tower) -> Shapes:
     """The tensors the model needs, and those that released files store and nothing uses: a ConvNeXt's head, a
     ViT's last layers."""
-    shapes = ModelFacts.from_config(config).expected_tensors()
+    shapes = ModelConfig.from_dict(config).expected_tensors()
     if isinstance(tower, VitTower):
         return shapes | replace(tower, select_layer=-1).expected_tensors()
     width, head = tower.out_size, TOWER_PREFIX + "head."

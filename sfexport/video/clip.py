@@ -14,7 +14,7 @@ from sfexport.video.containers import CONVERT_HINT, PICTURES, explained, times_a
 from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost, stands_alone
 from sfexport.video.files import VideoInfo
 from sfexport.video.rgb import RgbConverter, stored_orientation
-from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline
+from sfexport.video.timeline import PacketInfo, SeekPoint, Timeline
 
 # Frames decoded on opening, to see that they come in the order of their times and one per packet.
 TRIED_FRAMES = 8
@@ -144,14 +144,14 @@ class Clip:
 
     # Opening.
 
-    def _read_timeline(self, facts: list[PacketFacts]) -> Timeline:
+    def _read_timeline(self, infos: list[PacketInfo]) -> Timeline:
         """By the packets' times; where they cannot be trusted or the first frames contradict them, by decoding all.
 
         Leaves the decoder before the first frame.
         """
         timeline = None
-        if times_are_usable(self._decoder.container, self._decoder.stream, facts):
-            timeline = Timeline.from_packets(facts)
+        if times_are_usable(self._decoder.container, self._decoder.stream, infos):
+            timeline = Timeline.from_packets(infos)
         if timeline is not None:
             tried, rest, is_complete = self._try_first_frames()
             numbers = [timeline.number(ordinal, 0) for ordinal, _ in tried]
@@ -162,7 +162,7 @@ class Clip:
                 self._timeline = timeline.starting_at(first)
                 self._stand(self._numbered(chain(tried, rest)), before=0)
                 return self._timeline
-        self._timeline = Timeline.from_decoding(facts, [ordinal for ordinal, _ in self._decoder.from_start()])
+        self._timeline = Timeline.from_decoding(infos, [ordinal for ordinal, _ in self._decoder.from_start()])
         if not len(self._timeline.order):
             raise VideoError(f"No frame of '{self._path}' can be decoded.", f"It may be damaged. {CONVERT_HINT}")
         self._stand(self._numbered(self._decoder.from_start()), before=0)

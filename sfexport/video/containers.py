@@ -17,7 +17,7 @@ import av.error
 
 from sfexport.errors import VideoError
 from sfexport.versions import FIRST_ANY_METADATA, is_older
-from sfexport.video.timeline import PacketFacts
+from sfexport.video.timeline import PacketInfo
 
 KINDS_HINT = "MP4, MOV, MKV, WebM, AVI and MPEG files work, and PNG, JPEG, WebP and BMP pictures."
 CONVERT_HINT = "Convert it first, for example: ffmpeg -i INPUT -c:v libx264 -pix_fmt yuv420p OUTPUT.mp4"
@@ -165,12 +165,12 @@ def packets(container: av.container.InputContainer, stream: av.VideoStream) -> I
         yield held
 
 
-def packet_facts(packet: av.Packet, codec: str) -> PacketFacts:
+def packet_info(packet: av.Packet, codec: str) -> PacketInfo:
     # VP8 packs a frame that is only referred to into a packet of its own; the bit says whether it is shown.
     is_hidden = codec in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
     is_shown = not (packet.is_discard or is_hidden)
     duration = packet.duration or 0
-    return PacketFacts(
+    return PacketInfo(
         packet.pts,
         packet.dts,
         duration,
@@ -188,13 +188,13 @@ def content(packet: av.Packet) -> int:
     return hash((packet.size, zlib.crc32(memoryview(packet)[:1024])))
 
 
-def times_are_usable(container: av.container.InputContainer, stream: av.VideoStream, facts: list[PacketFacts]) -> bool:
+def times_are_usable(container: av.container.InputContainer, stream: av.VideoStream, infos: list[PacketInfo]) -> bool:
     """Whether the packets' times are the file's own, and each packet makes one frame."""
-    delays = {p.pts - p.dts for p in facts if p.pts is not None and p.dts is not None}
+    delays = {p.pts - p.dts for p in infos if p.pts is not None and p.dts is not None}
     # AVI stores decoding order only; FFmpeg's times are a guess, wrong where frames are reordered.
     is_guess = container.format.name == "avi" and stream.codec_context.has_b_frames and len(delays) == 1
     is_mpeg4 = stream.codec_context.name in MPEG4_CODECS
-    return not is_guess and not (is_mpeg4 and any(p.size <= NOT_CODED_VOP_SIZE for p in facts))
+    return not is_guess and not (is_mpeg4 and any(p.size <= NOT_CODED_VOP_SIZE for p in infos))
 
 
 def _unknown_codec(path: Path) -> VideoError:

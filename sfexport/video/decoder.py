@@ -13,8 +13,8 @@ import av.error
 import av.logging
 
 from sfexport.errors import VideoError
-from sfexport.video.containers import content, open_container, packet_facts, packets, prepare, video_streams
-from sfexport.video.timeline import PacketFacts, SeekPoint, Timeline, identity
+from sfexport.video.containers import content, open_container, packet_info, packets, prepare, video_streams
+from sfexport.video.timeline import PacketInfo, SeekPoint, Timeline, identity
 
 REPAIR_HINT = "Get a whole copy, or leave out what is damaged: ffmpeg -i INPUT OUTPUT.mp4"
 _INVALID_DATA = next(code for code, kind in av.error.classes.items() if kind is av.error.InvalidDataError)
@@ -51,7 +51,7 @@ class Decoder:
     def close(self) -> None:
         self.container.close()
 
-    def list_packets(self) -> list[PacketFacts]:
+    def list_packets(self) -> list[PacketInfo]:
         """The packets of the main video stream; of the next best where it is empty."""
         # Numbers, as a stream must not be asked for anything once its container is closed.
         for index in [stream.index for stream in video_streams(self.container, self._path)]:
@@ -59,10 +59,10 @@ class Decoder:
                 self._stream_index = index
                 self.rewind()
             codec = self.stream.codec_context.name
-            facts = [packet_facts(packet, codec) for packet in packets(self.container, self.stream)]
-            if facts:
+            infos = [packet_info(packet, codec) for packet in packets(self.container, self.stream)]
+            if infos:
                 self._stream_index = index
-                return facts
+                return infos
         raise VideoError(f"'{self._path}' has a video stream without any frames.", "Record or convert it again.")
 
     def rewind(self) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from sfexport.checkpoint.image_processor import ImageFacts
+from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.errors import InputError
 from sfexport.video.resampling import resized_window
 
 WHOLE_STRIPS = 4  # frames up to this many times as long as wide are resized whole, which Pillow does faster
 
 
-def preprocess(frames: Sequence[np.ndarray], image: ImageFacts) -> np.ndarray:
+def preprocess(frames: Sequence[np.ndarray], image: ImageProcessorConfig) -> np.ndarray:
     """Resize (bicubic, antialiased), crop and normalise.
 
     Args:
@@ -42,7 +42,7 @@ def _check_frame(frame: np.ndarray) -> None:
         raise InputError(f"A frame is {frame.dtype} {list(frame.shape)}; expected uint8 [height, width, 3].")
 
 
-def _normalised_values(image: ImageFacts) -> np.ndarray:
+def _normalised_values(image: ImageProcessorConfig) -> np.ndarray:
     """float32 [3, 256]: what each byte becomes in each channel.
 
     The roundings are the image processor's: 1/255 in float64, stored as float32, then mean and deviation in
@@ -53,7 +53,7 @@ def _normalised_values(image: ImageFacts) -> np.ndarray:
     return (values - mean) / std
 
 
-def _shape(frame: np.ndarray, image: ImageFacts) -> np.ndarray:
+def _shape(frame: np.ndarray, image: ImageProcessorConfig) -> np.ndarray:
     """uint8 [crop, crop, 3]."""
     if not image.keep_aspect:
         return _resize(frame, image.crop, image.crop)

@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class PacketFacts:
+class PacketInfo:
     """What the timeline needs to know of one compressed frame; times in the stream's time base.
 
     Attributes:
@@ -77,7 +77,7 @@ class Timeline:
     last_duration: int = 0
 
     @classmethod
-    def from_packets(cls, packets: Iterable[PacketFacts], trust_times: bool = True) -> Timeline | None:
+    def from_packets(cls, packets: Iterable[PacketInfo], trust_times: bool = True) -> Timeline | None:
         """The timeline by the packets' times; None where they have none that can be trusted (decode to find out).
 
         Args:
@@ -99,7 +99,7 @@ class Timeline:
         return cls(order, _frames(order, len(packets)), stamps, identities, points, has_places, True, last)
 
     @classmethod
-    def from_decoding(cls, packets: Sequence[PacketFacts], ordinals: Sequence[int | None]) -> Timeline:
+    def from_decoding(cls, packets: Sequence[PacketInfo], ordinals: Sequence[int | None]) -> Timeline:
         """The timeline of a clip that has been decoded once; `ordinals`: each frame's packet, as it came out."""
         known = [-1 if ordinal is None else ordinal for ordinal in ordinals]
         order = np.array(known, np.int64)
@@ -160,12 +160,12 @@ def identity(place: int | None, content: int, has_places: bool) -> int:
     return hash((place, content)) if has_places else content
 
 
-def _identities(packets: Sequence[PacketFacts]) -> tuple[np.ndarray, bool]:
+def _identities(packets: Sequence[PacketInfo]) -> tuple[np.ndarray, bool]:
     has_places = all(p.place is not None for p in packets)
     return np.array([identity(p.place, p.content, has_places) for p in packets], np.int64), has_places
 
 
-def _seek_points(packets: Sequence[PacketFacts], identities: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _seek_points(packets: Sequence[PacketInfo], identities: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Key packets that have a time, make a frame and are like no other, as far as their frames ascend with them.
 
     None in a recording with losses: how a decoder covers them up depends on where it began.
@@ -185,7 +185,7 @@ def _seek_points(packets: Sequence[PacketFacts], identities: np.ndarray, order: 
     return np.array(points, np.int64).reshape(-1, 4)
 
 
-def _has_usable_times(packets: list[PacketFacts]) -> bool:
+def _has_usable_times(packets: list[PacketInfo]) -> bool:
     """Every frame has a time, and the file is one recording: its decoding order never jumps back.
 
     Joined recordings whose clocks restart would have their frames interleaved by sorting.

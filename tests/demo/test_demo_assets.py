@@ -62,9 +62,9 @@ def test_checkpoint_is_valid_and_small(checkpoint: Path) -> None:
 
 def test_checkpoint_has_the_architecture_asked_for(checkpoint: Path) -> None:
     opened = Checkpoint.open(checkpoint)
-    facts = opened.facts
-    assert facts.slow_fast.hybrid_layers == (0, 2)
-    assert 16 // facts.slow_fast.fast.temporal_stride == 4 == facts.slow_fast.fast.min_frames
+    config = opened.config
+    assert config.slow_fast.hybrid_layers == (0, 2)
+    assert 16 // config.slow_fast.fast.temporal_stride == 4 == config.slow_fast.fast.min_frames
     assert opened.tower.depths == (1, 1, 2, 1)
     assert opened.image.size == opened.image.crop == 128
     assert opened.tower.grid(opened.image.crop) == 4
@@ -100,7 +100,7 @@ def test_weights_are_finite_and_gates_stand_open(checkpoint: Path) -> None:
 
 def test_padding_of_the_vocabulary_gets_no_logit(checkpoint: Path, tokenizer: Tokenizer) -> None:
     opened = Checkpoint.open(checkpoint)
-    size = opened.facts.text.vocab_size
+    size = opened.config.text.vocab_size
     assert size % 64 == 0 and 0 < size - tokenizer.get_vocab_size() <= 64
     head = opened.tensors["lm_head.weight"].rows()
     assert np.flatnonzero(~head.any(axis=1)).tolist() == list(range(tokenizer.get_vocab_size(), size))
@@ -202,7 +202,7 @@ def test_special_tokens_are_one_id_after_the_ordinary_ones(tokenizer: Tokenizer,
     tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     assert [encode(tokenizer, token) for token in tokens] == [[ordinary], [ordinary + 1], [ordinary + 2]]
     assert tokenizer.decode([ordinary, ordinary + 1, ordinary + 2]) == ""
-    config = Checkpoint.open(checkpoint).config
+    config = Checkpoint.open(checkpoint).raw_config
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     assert config["bos_token_id"] == config["pad_token_id"] == generation["pad_token_id"] == ordinary
     assert config["eos_token_id"] == ordinary + 2

@@ -17,7 +17,7 @@ SEED, CLIPS = 4242, 40
 def test_it_is_a_small_checkpoint_in_the_released_layout() -> None:
     checkpoint = Checkpoint.open(SHIPPED)
     checkpoint.validate()
-    assert checkpoint.facts.slow_fast.hybrid_layers == (0, 2)
+    assert checkpoint.config.slow_fast.hybrid_layers == (0, 2)
     assert {t.dtype for t in checkpoint.tensors.values()} == {"BF16"}
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 8_000_000
 

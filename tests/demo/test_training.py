@@ -26,7 +26,7 @@ def test_all_stages_lead_to_a_checkpoint(plain: bool, tmp_path: Path, monkeypatc
     train.main()
     checkpoint = Checkpoint.open(tmp_path / "checkpoint")
     checkpoint.validate()
-    assert bool(checkpoint.facts.slow_fast.hybrid_layers) is not plain
+    assert bool(checkpoint.config.slow_fast.hybrid_layers) is not plain
     written = {stage: (tmp_path / stage / "final.pt").stat().st_mtime_ns for stage in short}
     weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
     train.main()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfexport.checkpoint.config import FastPathFacts
+from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import source_frames
-from sfexport.checkpoint.image_processor import ImageFacts
+from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import (
     DETAIL,
@@ -71,14 +71,14 @@ def test_a_flash_lasts_exactly_one_frame() -> None:
 
 
 def test_sampled_means_seen_by_the_fast_path() -> None:
-    fast = FastPathFacts(sampling_stride=2, temporal_stride=4, spatial_stride=1, min_frames=2)
+    fast = FastPathConfig(sampling_stride=2, temporal_stride=4, spatial_stride=1, min_frames=2)
     seen = {frame for window in source_frames(FRAMES, fast) for frame in window}
     assert seen == {t for t in range(FRAMES) if is_sampled(t)}
 
 
 def test_clips_survive_a_video_file(tmp_path: Path) -> None:
     """What training draws (the camera matrix) is what comes back from a compressed file."""
-    image = ImageFacts(SIZE, SIZE, True, (0.0,) * 3, (1.0,) * 3)
+    image = ImageProcessorConfig(SIZE, SIZE, True, (0.0,) * 3, (1.0,) * 3)
     for index in range(3):
         write_frames(tmp_path / "c.mp4", video_frames(5, index), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
         with Video.open(tmp_path / "c.mp4") as video:

@@ -88,7 +88,7 @@ def test_key_values_go_to_the_host_and_back(made, tmp_path, monkeypatch):
     with played_gpu(monkeypatch, "11.4", tmp_path / "cache", bundle):
         build(bundle, tmp_path / "engines", "tensorrt")
         backend = open_backend(Engines.open(tmp_path / "engines"))
-        text = bundle.facts.text
+        text = bundle.config.text
         shape = (1, text.num_kv_heads, 5, text.head_dim)
         arrays = [rng.standard_normal(shape).astype(np.float32) for _ in range(2 * text.num_layers)]
         held = backend.from_numpy(arrays)

@@ -49,7 +49,7 @@ class _Recorded(Backend):
     """A backend that keeps the last logits of each call."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.name, self.facts = backend, backend.name, backend.facts
+        self.backend, self.name, self.config = backend, backend.name, backend.config
         self.logits: list[np.ndarray] = []
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:

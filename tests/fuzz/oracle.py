@@ -48,7 +48,7 @@ def _check_configuration(room: Path) -> None:
         theirs = Qwen2Config(**content)
     except Exception as error:
         raise Wrong(f"the engines answer, and transformers refuses config.json: {error}") from error
-    ours: Any = Bundle.open(room / BUNDLE).facts.text
+    ours: Any = Bundle.open(room / BUNDLE).config.text
     for name, own in SAME_FIELDS.items():
         if getattr(theirs, name) != getattr(ours, own):
             raise Wrong(f"{name} is {getattr(theirs, name)!r} for transformers and {getattr(ours, own)!r} for us")

@@ -86,8 +86,8 @@ Run = namedtuple("Run", "logits presents")
 
 def run(bundle: Bundle, tokens: int = 5, steps: int = 2) -> Run:
     """Logits after a prompt and after each of some more tokens, and the last K/V; the same input for every bundle."""
-    backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.facts)
-    width, rng = bundle.facts.text.hidden_size, np.random.default_rng(0)
+    backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.config)
+    width, rng = bundle.config.text.hidden_size, np.random.default_rng(0)
     slow = backend.compress(rng.standard_normal((8, 4, width), dtype=np.float32))[1]
     embeds = rng.standard_normal((1, tokens + steps, width), dtype=np.float32)
     logits, past, start = [], None, 0

@@ -111,10 +111,10 @@ class Decoder:
     """The decoder graph with random inputs of chosen sizes."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.text = bundle.facts.text
+        self.text = bundle.config.text
         path = str(bundle.graph_file("decoder"))
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.past_names = past_names(bundle.facts)
+        self.past_names = past_names(bundle.config)
 
     def feeds(self, batch: int, sequence: int, past: int, slow: int) -> dict[str, np.ndarray]:
         random, text = np.random.default_rng(0), self.text
@@ -208,7 +208,7 @@ def test_a_fully_masked_row_gives_finite_numbers(decoder: Decoder) -> None:
 def test_fast_token_count_agrees_with_the_matrices(frames: int, spatial: int, bundle: Bundle) -> None:
     from dataclasses import replace
 
-    fast, cells = replace(bundle.facts.slow_fast.fast, spatial_stride=spatial), 16
+    fast, cells = replace(bundle.config.slow_fast.fast, spatial_stride=spatial), 16
     rows = len(frame_weights(frames, fast)) * (len(cell_weights(cells, spatial)) if spatial > 1 else cells)
     assert fast_token_count(frames, cells, fast) == rows
 

@@ -157,7 +157,7 @@ def test_a_head_in_16_bits_is_narrowed_only_where_it_is_wider(
 def test_weight_bytes_count_integers_as_stored(make: Make) -> None:
     plain, quantized = make(weights="copy"), make(quantize="int4")
     body = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
-    vocabulary = quantized.facts.text.vocab_size
+    vocabulary = quantized.config.text.vocab_size
     scales = body // 64 - 4 * 64 + vocabulary  # down_proj alone has blocks of 128: 64 scales fewer per layer
     assert quantized.quantization["int4"]["weights"] == body
     difference = 4 * (body + vocabulary * 64) - body // 2 - vocabulary * 64 - 4 * scales

@@ -77,9 +77,9 @@ def widen_weights(model: onnx.ModelProto) -> None:
 
 def main() -> None:
     bundle = Bundle.open(Path(sys.argv[1]))
-    facts, text = bundle.facts, bundle.facts.text
+    config, text = bundle.config, bundle.config.text
     rng = np.random.default_rng(0)
-    backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, facts)
+    backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, config)
     frames, cells = bundle.frames, bundle.tokens_per_frame(single_image=False)
     _, slow = backend.compress(rng.standard_normal((frames, cells, text.hidden_size)).astype(np.float32))
     sequence = 11
@@ -91,8 +91,8 @@ def main() -> None:
         names.SLOW_LENGTHS: np.array([slow.length], dtype=np.int64),
     }
     empty = np.zeros((1, text.num_kv_heads, 0, text.head_dim), dtype=np.float32)
-    feeds |= dict.fromkeys(names.past_names(facts), empty)
-    feeds |= dict(zip(names.slow_names(facts), backend.to_numpy(slow), strict=True))
+    feeds |= dict.fromkeys(names.past_names(config), empty)
+    feeds |= dict(zip(names.slow_names(config), backend.to_numpy(slow), strict=True))
 
     model = onnx.load(bundle.graph_file("decoder"))
     widen_weights(model)

@@ -115,7 +115,7 @@ def test_stop_tokens_end_the_answer_and_are_not_shown(tree, pipeline: Pipeline, 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tree, pipeline: Pipeline) -> None:
     hot = pipeline.generation_options().override(temperature=50.0, seed=1, max_new_tokens=64)
     ids = pipeline.encode(tree.clip).ask(QUESTIONS[0], hot).ids
-    assert max(ids) < pipeline.tokenizer.vocabulary_size < pipeline.backend.facts.text.vocab_size
+    assert max(ids) < pipeline.tokenizer.vocabulary_size < pipeline.backend.config.text.vocab_size
 
 
 def test_an_unknown_mode_is_refused(tree, pipeline: Pipeline, options) -> None:

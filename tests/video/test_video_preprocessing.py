@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageFacts
+from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessorConfig
 from sfexport.errors import InputError
 from sfexport.video.preprocessing import preprocess
 from sfexport.video.resampling import resized_window
 
 GOLDEN = Path(__file__).parents[1] / "data" / "preprocess_size64.npz"
-CLIP_64 = ImageFacts(size=64, crop=64, keep_aspect=True, mean=CLIP_MEAN, std=CLIP_STD)
+CLIP_64 = ImageProcessorConfig(size=64, crop=64, keep_aspect=True, mean=CLIP_MEAN, std=CLIP_STD)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -41,22 +41,22 @@ def test_bit_identical_to_the_image_processor(size: str) -> None:
 
 def test_values_are_float32_roundings_of_the_formula() -> None:
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (16, 16, 3)).copy()
-    facts = ImageFacts(size=16, crop=16, keep_aspect=True, mean=CLIP_MEAN, std=CLIP_STD)
+    config = ImageProcessorConfig(size=16, crop=16, keep_aspect=True, mean=CLIP_MEAN, std=CLIP_STD)
     scaled = (ramp.astype(np.float64) * (1 / 255)).astype(np.float32)
     expected = (scaled - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-    assert np.array_equal(preprocess([ramp], facts)[0], expected.transpose(2, 0, 1))
+    assert np.array_equal(preprocess([ramp], config)[0], expected.transpose(2, 0, 1))
 
 
 def test_crop_takes_the_middle() -> None:
     frame = noise(64, 101)
-    pixels = preprocess([frame], ImageFacts(size=64, crop=64, keep_aspect=True, **RAW))
+    pixels = preprocess([frame], ImageProcessorConfig(size=64, crop=64, keep_aspect=True, **RAW))
     left = (101 - 64) // 2
     assert np.array_equal(np.rint(pixels[0] * 255), frame[:, left : left + 64].transpose(2, 0, 1))
 
 
 def test_crop_larger_than_the_frame_pads_with_black() -> None:
     frame = noise(9, 9) | 1
-    pixels = np.rint(preprocess([frame], ImageFacts(size=9, crop=12, keep_aspect=True, **RAW))[0] * 255)
+    pixels = np.rint(preprocess([frame], ImageProcessorConfig(size=9, crop=12, keep_aspect=True, **RAW))[0] * 255)
     expected = np.zeros((3, 12, 12))
     # Three rows to share: the image processor puts two of them on top.
     expected[:, 2:11, 2:11] = frame.transpose(2, 0, 1)
@@ -65,14 +65,14 @@ def test_crop_larger_than_the_frame_pads_with_black() -> None:
 
 def test_crop_larger_than_one_side_pads_that_side_alone() -> None:
     frame = noise(8, 20) | 1
-    pixels = np.rint(preprocess([frame], ImageFacts(size=8, crop=12, keep_aspect=True, **RAW))[0] * 255)
+    pixels = np.rint(preprocess([frame], ImageProcessorConfig(size=8, crop=12, keep_aspect=True, **RAW))[0] * 255)
     assert np.array_equal(pixels[:, 2:10], frame[:, 4:16].transpose(2, 0, 1))
     assert not pixels[:, :2].any() and not pixels[:, 10:].any()
 
 
 def test_without_keep_aspect_the_whole_frame_is_squeezed() -> None:
     frame = noise(30, 70)
-    pixels = preprocess([frame], ImageFacts(size=24, crop=24, keep_aspect=False, **RAW))
+    pixels = preprocess([frame], ImageProcessorConfig(size=24, crop=24, keep_aspect=False, **RAW))
     expected = np.asarray(Image.fromarray(frame).resize((24, 24), Image.Resampling.BICUBIC))
     assert np.array_equal(np.rint(pixels[0] * 255), expected.transpose(2, 0, 1))
 
@@ -109,8 +109,8 @@ def test_thin_frames_have_the_same_pixels_as_when_resized_whole(height: int, wid
     short = min(height, width)
     target = [int(57 * side / short) for side in (width, height)]
     whole = np.asarray(Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC))
-    facts = ImageFacts(size=57, crop=crop, keep_aspect=True, **RAW)
-    pixels = np.rint(preprocess([frame], facts)[0] * 255).transpose(1, 2, 0)
+    config = ImageProcessorConfig(size=57, crop=crop, keep_aspect=True, **RAW)
+    pixels = np.rint(preprocess([frame], config)[0] * 255).transpose(1, 2, 0)
     # The image processor's own rule for the crop, padding included.
     expected = np.zeros((crop, crop, 3))
     rows, columns = (_overlap(side, crop) for side in whole.shape[:2])
@@ -128,11 +128,11 @@ def _overlap(side: int, crop: int) -> tuple[slice, slice]:
 
 
 def test_one_column_of_pixels_takes_little_memory() -> None:
-    facts = ImageFacts(size=576, crop=576, keep_aspect=True, **RAW)
+    config = ImageProcessorConfig(size=576, crop=576, keep_aspect=True, **RAW)
     frame = noise(100_000, 1)
     tracemalloc.start()
     try:
-        pixels = preprocess([frame], facts)
+        pixels = preprocess([frame], config)
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
@@ -149,8 +149,8 @@ def test_one_column_of_pixels_takes_little_memory() -> None:
     count=st.integers(1, 3),
 )
 def test_shape_for_every_size(height: int, width: int, size: int, crop: int, keep_aspect: bool, count: int) -> None:
-    facts = ImageFacts(size=size, crop=crop, keep_aspect=keep_aspect, mean=CLIP_MEAN, std=CLIP_STD)
-    pixels = preprocess([noise(height, width)] * count, facts)
+    config = ImageProcessorConfig(size=size, crop=crop, keep_aspect=keep_aspect, mean=CLIP_MEAN, std=CLIP_STD)
+    pixels = preprocess([noise(height, width)] * count, config)
     assert pixels.shape == (count, 3, crop, crop)
     assert pixels.dtype == np.float32 and pixels.flags.c_contiguous
     assert np.isfinite(pixels).all()

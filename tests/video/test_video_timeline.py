@@ -1,14 +1,14 @@
-"""The timeline: presentation order and seek points out of packet facts."""
+"""The timeline: presentation order and seek points out of packet config."""
 
 from __future__ import annotations
 
-from sfexport.video.timeline import PacketFacts, Timeline
+from sfexport.video.timeline import PacketInfo, Timeline
 
 
 def packet(
     pts: int | None, dts: int | None = None, key: bool = False, shown: bool = True, content: int | None = None
-) -> PacketFacts:
-    return PacketFacts(pts, dts, 10, key, shown, None, hash((pts, dts)) if content is None else content)
+) -> PacketInfo:
+    return PacketInfo(pts, dts, 10, key, shown, None, hash((pts, dts)) if content is None else content)
 
 
 def simple(frames: int = 100, gop: int = 10) -> Timeline:

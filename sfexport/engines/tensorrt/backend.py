@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sfexport.artifacts.manifest import GRAPHS
-from sfexport.checkpoint.config import ModelFacts
+from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.profiles import DECODE, PREFILL
@@ -188,8 +188,8 @@ class TensorRTBackend(Backend):
 
     name = RUNTIME
 
-    def __init__(self, trt: Any, directory: Path, facts: ModelFacts) -> None:
-        self.facts, self._trt = facts, trt
+    def __init__(self, trt: Any, directory: Path, config: ModelConfig) -> None:
+        self.config, self._trt = config, trt
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
         self._engines = {g: Engine(trt, self._runtime, directory / f"{g}.engine", self._logger) for g in GRAPHS}
@@ -198,11 +198,11 @@ class TensorRTBackend(Backend):
             engine.prepare(self._scratch)
         self._stream = Stream()
         self._decoder = self._engines["decoder"]
-        self._slow_names, self._past_names = names.slow_names(facts), names.past_names(facts)
-        self._present_names = names.present_names(facts)
+        self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
+        self._present_names = names.present_names(config)
         self._kv_type = self._decoder.types[self._past_names[0]]
         self._longest = self._decoder.most(names.MASK, _PROFILES.index(DECODE))[1]
-        text = facts.text
+        text = config.text
         self._kv_size = text.num_kv_heads * text.head_dim * self._kv_type.itemsize  # bytes per position and tensor
         self._pool = _Pool(self._kv_size * self._longest * len(self._past_names))
         self._no_slow: KeyValues | None = None
@@ -219,7 +219,7 @@ class TensorRTBackend(Backend):
         return self._download(tensors[names.PROJECTED if single_image else names.SLOW_TOKENS])
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
-        engine, fast, text = self._engines["compressor"], self.facts.slow_fast.fast, self.facts.text
+        engine, fast, text = self._engines["compressor"], self.config.slow_fast.fast, self.config.text
         frames, cells, hidden = slow_tokens.shape
         weights = frame_weights(frames, fast)
         feeds = {names.SLOW_TOKENS: slow_tokens, names.FRAME_WEIGHTS: weights}
@@ -259,7 +259,7 @@ class TensorRTBackend(Backend):
         tensors |= zip(self._past_names, past, strict=True)
         present = self._key_values(total)
         tensors |= zip(self._present_names, present, strict=True)
-        tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (1, self.facts.text.vocab_size))
+        tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (1, self.config.text.vocab_size))
         is_decode = length == 1 and step.start > 0
         engine.run(tensors, self._stream, _PROFILES.index(DECODE if is_decode else PREFILL))
         return self._download(tensors[names.LOGITS])[0], KeyValues(present, total)
@@ -278,7 +278,7 @@ class TensorRTBackend(Backend):
 
     def _key_values(self, length: int) -> tuple[DeviceTensor, ...]:
         """A set of K/V for `length` positions in a buffer of the pool."""
-        lease, text = self._pool.lend(), self.facts.text
+        lease, text = self._pool.lend(), self.config.text
         step = self._kv_size * self._longest
         shape = (1, text.num_kv_heads, length, text.head_dim)
         start = lease.buffer.pointer
@@ -287,7 +287,7 @@ class TensorRTBackend(Backend):
     def _absent_slow(self) -> KeyValues:
         """One token that nobody attends to: an engine takes no empty tensor here."""
         if self._no_slow is None:
-            text = self.facts.text
+            text = self.config.text
             zero = np.zeros((1, text.num_kv_heads, 1, text.head_dim), dtype=self._kv_type)
             self._no_slow = self.from_numpy([zero] * len(self._slow_names))
         return self._no_slow

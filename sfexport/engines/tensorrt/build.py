@@ -189,12 +189,12 @@ def _prepare_plugin(
     Raises:
         InputError: the directory of kernels that was named lacks them. SfexportError: a kernel does not compile.
     """
-    if not bundle.facts.slow_fast.hybrid_layers:
+    if not bundle.config.slow_fast.hybrid_layers:
         return None, ()
     try:
         source = options.kernel_source()
         # Once now, so that a kernel that cannot be compiled is found before the build.
-        kernels = source(bundle.precision, bundle.facts.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
+        kernels = source(bundle.precision, bundle.config.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
         door = choose_door(trt.__version__, package_version("numpy"))
         register_plugins(trt, door, source)
     except (MissingDependency, InputError) as error:
@@ -209,7 +209,7 @@ def _prepare_plugin(
 
 
 def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSettings:
-    return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.facts.text.head_dim)
+    return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.config.text.head_dim)
 
 
 def _graph_to_build(bundle: Bundle, name: str, door: str | None, gpu: Gpu, directory: Path) -> Path:

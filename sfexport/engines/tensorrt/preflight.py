@@ -123,13 +123,13 @@ def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin
 
 
 def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> tuple[list[Line], tuple[Kernel, ...]]:
-    if not bundle.facts.slow_fast.hybrid_layers:
+    if not bundle.config.slow_fast.hybrid_layers:
         return [], ()
     isa = kernel_ptx_isa(target.sm)
     checked = f"compiles for SM {target.sm / 10:.1f}, PTX {isa / 10:.1f}"
     source = options.kernel_source()
     try:
-        kernels = source(bundle.precision, bundle.facts.text.head_dim, target.sm, isa)
+        kernels = source(bundle.precision, bundle.config.text.head_dim, target.sm, isa)
     except (MissingDependency, InputError) as error:
         if isinstance(error, InputError) and options.kernels is not None:
             return [Line("plugin kernels", checked, error.paragraph(), False)], ()
