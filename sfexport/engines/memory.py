@@ -72,8 +72,8 @@ def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mappe
     width = PRECISIONS[bundle.precision]
     graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
-    text = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
-    slow = sum(math.prod(t.most) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
+    text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
+    slow = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
     return sum_up(graphs, text, slow, mapped_weights)
 
 
@@ -116,7 +116,7 @@ def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
     fixed = _with_shapes(model, profile)
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
     # The few dimensions that even this cannot tell belong to the mask: at most the longest sequence.
-    unknown = max((t.most[-1] for t in profile.tensors if t.name == MASK), default=1)
+    unknown = max((t.max[-1] for t in profile.tensors if t.name == MASK), default=1)
     weights = {t.name for t in model.graph.initializer}
     folded = {o for node in model.graph.node if set(node.input) <= weights for o in node.output}
     out = {}
@@ -137,7 +137,7 @@ def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
     """The graph with concrete inputs and outputs, weights as inputs: no file is read."""
     out = onnx.ModelProto()
     out.CopyFrom(model)
-    largest = {t.name: t.most for t in profile.tensors}
+    largest = {t.name: t.max for t in profile.tensors}
     for value in (*out.graph.input, *out.graph.output):
         for dim, size in zip(value.type.tensor_type.shape.dim, largest[value.name], strict=True):
             dim.Clear()

@@ -40,14 +40,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class TensorProfile:
-    """Shapes of one tensor: least, typical, most."""
+    """Shapes of one tensor: the smallest, the one to tune for, the largest."""
 
     name: str
     dtype: str
     is_input: bool
-    least: tuple[int, ...]
-    typical: tuple[int, ...]
-    most: tuple[int, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,19 @@ def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dic
     }
 
 
-def _compressor_ranges(fast: FastPathConfig, least: int, most: int, cells: int) -> dict[str, Range]:
-    """For `least` to `most` frames of `cells` tokens each."""
-    counts = range(least, most + 1)
+def _compressor_ranges(fast: FastPathConfig, fewest: int, frames: int, cells: int) -> dict[str, Range]:
+    """For `fewest` to `frames` frames of `cells` tokens each."""
+    counts = range(fewest, frames + 1)
     fast_frames = [len(source_frames(n, fast)) for n in counts]
     fast_tokens = [fast_token_count(n, cells, fast) for n in counts]
     fast_cells = fast_tokens[0] // fast_frames[0]
     return {
-        "frames": (least, most, most),
+        "frames": (fewest, frames, frames),
         "cells": (cells, cells, cells),
         "fast_frames": (min(fast_frames), fast_frames[-1], max(fast_frames)),
         "fast_cells": (fast_cells, fast_cells, fast_cells),
         "fast_tokens": (min(fast_tokens), fast_tokens[-1], max(fast_tokens)),
-        "slow_tokens": (least * cells, most * cells, most * cells),
+        "slow_tokens": (fewest * cells, frames * cells, frames * cells),
     }
 
 

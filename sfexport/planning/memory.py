@@ -73,9 +73,9 @@ def cpu_memory(checkpoint: Checkpoint, bundle: Bundle, profiles: Profiles, stora
 
 
 def _as_called(profiles: Profiles) -> dict[str, list[Profile]]:
-    """Profiles whose largest shapes are the typical ones: nothing is reserved on a CPU."""
+    """Profiles whose max shapes are the opt ones: nothing is reserved on a CPU."""
     return {
-        name: [Profile(p.name, tuple(replace(t, most=t.typical) for t in p.tensors)) for p in found]
+        name: [Profile(p.name, tuple(replace(t, max=t.opt) for t in p.tensors)) for p in found]
         for name, found in profiles.items()
     }
 

@@ -63,7 +63,7 @@ def test_the_7b_model_passes_on_every_target(target, jetpack, tensorrt, sparse_7
     assert {"vision_encoder", "compressor", "decoder", "cross_attention_split", "memory"} <= checked
     tensors = [t for profiles in report["profiles"].values() for p in profiles for t in p["tensors"]]
     assert len(tensors) > 250
-    assert all(type(n) is int for t in tensors for shape in ("least", "typical", "most") for n in t[shape])
+    assert all(type(n) is int for t in tensors for shape in ("min", "opt", "max") for n in t[shape])
     weights = sum(g["weights"] for g in report["memory"]["graphs"])
     assert 15.8e9 < weights < 16.0e9  # 7.95 B parameters without the embedding, two bytes each
     assert len(report["kernels"]) == 2

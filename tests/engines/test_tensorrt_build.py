@@ -118,7 +118,7 @@ def test_only_float32_engines_go_without_tf32(precision, cleared, tmp_path, monk
 def test_at_each_size_of_a_profile_the_shapes_fit_one_another(bundle):
     for limits in (Limits(16), Limits(1, 1, 1), Limits(64, 40, 8)):
         for profile in resolve_profiles(bundle, limits)["decoder"]:
-            shapes = {t.name: (t.least, t.typical, t.most) for t in profile.tensors}
+            shapes = {t.name: (t.min, t.opt, t.max) for t in profile.tensors}
             for embeds, past, mask, present in zip(
                 *(shapes[n] for n in ("inputs_embeds", "past_key_values.0.key", "attention_mask", "present.0.key")),
                 strict=True,

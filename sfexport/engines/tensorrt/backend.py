@@ -112,7 +112,7 @@ class Engine:
         self.types: dict[str, np.dtype] = {}
         self.inputs: list[str] = []
         self.outputs: list[str] = []
-        # By input: the least and most shape of each profile.
+        # By input: the min and max shape of each profile.
         self._ranges: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
@@ -131,11 +131,11 @@ class Engine:
             raise SfexportError(f"TensorRT cannot make a context for the {self.name}; memory may be full.")
         self.context.set_device_memory(scratch.pointer, scratch.size)
 
-    def most(self, name: str, profile: int) -> tuple[int, ...]:
+    def max_shape(self, name: str, profile: int) -> tuple[int, ...]:
         """The largest shape of an input in a profile."""
         return self._ranges[name][profile][1]
 
-    def all_most(self, name: str) -> list[tuple[int, ...]]:
+    def max_shapes(self, name: str) -> list[tuple[int, ...]]:
         """The largest shape of an input in each profile; nothing for an output."""
         return [most for _, most in self._ranges.get(name, [])]
 
@@ -201,7 +201,7 @@ class TensorRTBackend(Backend):
         self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
         self._present_names = names.present_names(config)
         self._kv_type = self._decoder.types[self._past_names[0]]
-        self._longest = self._decoder.most(names.MASK, _PROFILES.index(DECODE))[1]
+        self._longest = self._decoder.max_shape(names.MASK, _PROFILES.index(DECODE))[1]
         text = config.text
         self._kv_size = text.num_kv_heads * text.head_dim * self._kv_type.itemsize  # bytes per position and tensor
         self._pool = _Pool(self._kv_size * self._longest * len(self._past_names))
@@ -301,7 +301,7 @@ class TensorRTBackend(Backend):
     def _reuse(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
         """Memory that the next call uses again; an input's is as large as the engine takes, so that it never grows."""
         dtype, key = engine.types[name], (engine.name, name)
-        size = max(int(np.prod(s)) for s in (shape, *engine.all_most(name))) * dtype.itemsize
+        size = max(int(np.prod(s)) for s in (shape, *engine.max_shapes(name))) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].size < size:
             self._buffers[key] = _Owned(size)
         return DeviceTensor(self._buffers[key].pointer, tuple(shape), dtype, self._buffers[key])

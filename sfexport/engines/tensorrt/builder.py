@@ -203,7 +203,7 @@ def _make_profile(builder: Any, network: Any, wanted: Profile) -> Any:
     for tensor in wanted.inputs():
         if tensor.name not in found:
             raise SfexportError(f"TensorRT's network has no input {tensor.name}.", "Export again.")
-        profile.set_shape(tensor.name, tensor.least, tensor.typical, tensor.most)
+        profile.set_shape(tensor.name, tensor.min, tensor.opt, tensor.max)
     return profile
 
 

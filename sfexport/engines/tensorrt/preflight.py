@@ -163,11 +163,9 @@ def _kernel_line(kernel: Kernel, checked: str) -> Line:
 def _check_profiles(profiles: dict[str, list[Profile]]) -> Iterator[Line]:
     for graph, by_name in profiles.items():
         for profile in by_name:
-            ordered = all(
-                a <= b <= c for t in profile.tensors for a, b, c in zip(t.least, t.typical, t.most, strict=True)
-            )
+            ordered = all(a <= b <= c for t in profile.tensors for a, b, c in zip(t.min, t.opt, t.max, strict=True))
             first = profile.tensors[0]
-            found = f"{len(profile.tensors)} tensors; {first.name} {list(first.least)} to {list(first.most)}"
+            found = f"{len(profile.tensors)} tensors; {first.name} {list(first.min)} to {list(first.max)}"
             yield Line(graph, f"shapes of profile {profile.name}", found, ordered)
 
 
