@@ -45,8 +45,8 @@ def verdicts(found: Report) -> dict[str, str]:
     return {line.name: line.verdict for line in found.lines}
 
 
-def mend(found: Report, name: str) -> str:
-    return next(line.mend for line in found.lines if line.name == name)
+def fix(found: Report, name: str) -> str:
+    return next(line.fix for line in found.lines if line.name == name)
 
 
 def seen(found: Report, name: str) -> str:
@@ -61,7 +61,7 @@ def test_a_machine_with_everything(probe: FakeProbe, target: str) -> None:
     for found in (report(probe), report(probe, target)):
         assert found.target == target
         assert set(verdicts(found).values()) == {"ok"}, found.lines
-        assert not any(line.mend for line in found.lines)
+        assert not any(line.fix for line in found.lines)
         assert found.can_build and found.can_run_onnxruntime and found.exit_code == 0
         assert "can be built" in found.summary()[0] and "can be built" in found.summary()[1]
 
@@ -120,25 +120,25 @@ def test_a_laptop_builds_for_onnx_runtime_and_prepares_for_others() -> None:
     assert wanted.summary()[0] == (
         "TensorRT engines for jetson-orin-nx-16 cannot be built here; there is no NVIDIA GPU."
     )
-    assert "--target jetson-orin-nx-16 --check" in mend(wanted, "GPU")
-    assert verdicts(wanted)["triton"] == "warning" and mend(wanted, "triton") == "pip install triton"
+    assert "--target jetson-orin-nx-16 --check" in fix(wanted, "GPU")
+    assert verdicts(wanted)["triton"] == "warning" and fix(wanted, "triton") == "pip install triton"
 
 
 def test_libraries_that_are_too_old() -> None:
     """The versions that pyproject asks for."""
     found = report(LAPTOP.but(packages={"onnxruntime": "1.19.2", "triton": "3.3.1"}))
     assert found.missing == ["GPU", "onnxruntime"] and found.exit_code == 1
-    assert mend(found, "onnxruntime") == "pip install --upgrade onnxruntime-gpu"
-    assert verdicts(found)["triton"] == "warning" and mend(found, "triton") == "pip install 'triton>=3.7'"
+    assert fix(found, "onnxruntime") == "pip install --upgrade onnxruntime-gpu"
+    assert verdicts(found)["triton"] == "warning" and fix(found, "triton") == "pip install 'triton>=3.7'"
 
 
 def test_a_laptop_without_onnx_runtime() -> None:
     found = report(LAPTOP.but(providers=None, packages={"onnxruntime": None}))
     assert found.exit_code == 1 and not found.can_run_onnxruntime
-    assert mend(found, "onnxruntime") == "pip install --force-reinstall onnxruntime-gpu"
+    assert fix(found, "onnxruntime") == "pip install --force-reinstall onnxruntime-gpu"
     arm = report(ORIN_62.but(providers=None))
     assert arm.can_build and arm.exit_code == 0, "TensorRT does not need it"
-    assert mend(arm, "onnxruntime") == "pip install --force-reinstall onnxruntime"
+    assert fix(arm, "onnxruntime") == "pip install --force-reinstall onnxruntime"
     assert "cannot be imported" in seen(arm, "onnxruntime")
 
 
@@ -171,10 +171,10 @@ def test_a_laptop_without_onnx_runtime() -> None:
 def test_tensorrt_that_a_jetson_does_not_find(changes: dict, advice: str) -> None:
     found = report(ORIN_62.but(**changes))
     assert verdicts(found)["TensorRT"] == "missing"
-    assert advice in mend(found, "TensorRT")
+    assert advice in fix(found, "TensorRT")
     assert not found.can_build and found.can_run_onnxruntime and found.exit_code == 1
     assert found.summary()[0] == "TensorRT engines cannot be built here; missing: TensorRT."
-    assert "pip install" not in mend(found, "TensorRT"), "what pip brings is not for a Jetson"
+    assert "pip install" not in fix(found, "TensorRT"), "what pip brings is not for a Jetson"
 
 
 def test_a_jetson_with_a_python_of_its_own() -> None:
@@ -183,7 +183,7 @@ def test_a_jetson_with_a_python_of_its_own() -> None:
     found = report(ORIN_62.but(python=python, modules=()))
     assert verdicts(found)["Python"] == "warning" and verdicts(found)["TensorRT"] == "missing"
     for name in ("Python", "TensorRT"):
-        assert "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv" in mend(found, name)
+        assert "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv" in fix(found, name)
 
 
 def test_the_import_says_why_it_fails() -> None:
@@ -200,16 +200,16 @@ def test_jetpack_6_0_is_too_old() -> None:
     probe = ORIN_62.but(apt={"nvidia-jetpack": "6.0+b106"}, commands=imports(VENV_PYTHON, "8.6.2"))
     found = report(probe.but(libcuda=FakeCuda(12020, ORIN_62.libcuda.devices)))
     assert {"JetPack", "TensorRT", "CUDA driver"} <= set(found.missing)
-    assert "6.2 or 7.2" in mend(found, "JetPack") and "6.2 or 7.2" in mend(found, "TensorRT")
+    assert "6.2 or 7.2" in fix(found, "JetPack") and "6.2 or 7.2" in fix(found, "TensorRT")
 
 
 def test_power_modes_are_told_by_the_boards_own_numbers() -> None:
     found = report(ORIN_NANO)
-    assert mend(found, "power mode") == "sudo nvpmodel -m 2"
+    assert fix(found, "power mode") == "sudo nvpmodel -m 2"
     assert found.can_build, "slow is not broken"
-    assert mend(report(ORIN_62.but(commands=power("MODE_30W"))), "power mode") == "sudo nvpmodel -m 0"
+    assert fix(report(ORIN_62.but(commands=power("MODE_30W"))), "power mode") == "sudo nvpmodel -m 0"
     unknown = report(ORIN_62.but(commands={("nvpmodel", "-q"): None}))
-    assert mend(unknown, "power mode") == "sudo nvpmodel -q"
+    assert fix(unknown, "power mode") == "sudo nvpmodel -q"
     assert verdicts(report(ORIN_NANO.but(commands=power("MAXN_SUPER"))))["power mode"] == "ok"
 
 
@@ -232,7 +232,7 @@ def test_memory_and_disk_that_the_full_model_does_not_fit_in() -> None:
 def test_drivers_that_do_not_work(libcuda: FakeCuda | None, name: str, advice: str) -> None:
     found = report(H100.but(libcuda=libcuda), "h100")
     assert name in found.missing
-    assert advice in mend(found, name)
+    assert advice in fix(found, name)
     assert found.nvidia and found.exit_code == 1
 
 
@@ -249,18 +249,18 @@ def test_a_datacenter_host_without_tensorrt_gets_what_fits_its_driver() -> None:
     bare = H100.but(modules=(), packages={"tensorrt-cu13": None, "cuda-bindings": None})
     found = report(bare)
     assert found.missing == ["TensorRT", "cuda-python"]
-    assert mend(found, "TensorRT") == "pip install 'sfexport[tensorrt]'"
-    assert mend(found, "cuda-python") == "pip install 'cuda-python>=12.6,<14'"
+    assert fix(found, "TensorRT") == "pip install 'sfexport[tensorrt]'"
+    assert fix(found, "cuda-python") == "pip install 'cuda-python>=12.6,<14'"
     older = report(bare.but(libcuda=FakeCuda(12080, H100.libcuda.devices)))
-    assert mend(older, "TensorRT").startswith("pip install tensorrt-cu12 ")
-    assert mend(older, "cuda-python") == "pip install 'cuda-python>=12.6,<13'"
+    assert fix(older, "TensorRT").startswith("pip install tensorrt-cu12 ")
+    assert fix(older, "cuda-python") == "pip install 'cuda-python>=12.6,<13'"
 
 
 def test_libraries_that_are_too_new_for_the_driver() -> None:
     older = FakeCuda(12080, H100.libcuda.devices)
     found = report(H100.but(libcuda=older))
     assert found.missing == ["TensorRT", "cuda-python"]
-    assert "uninstall" in mend(found, "TensorRT") and "tensorrt-cu12 " in mend(found, "TensorRT")
+    assert "uninstall" in fix(found, "TensorRT") and "tensorrt-cu12 " in fix(found, "TensorRT")
     fitting = {"tensorrt-cu13": None, "tensorrt-cu12": "11.4.0.106", "cuda-bindings": "12.9.10"}
     assert report(H100.but(libcuda=older, packages=fitting)).can_build
 
@@ -282,9 +282,9 @@ def test_versions_of_tensorrt(version: str, verdict: str) -> None:
 
 def test_engines_are_built_on_the_machine_they_are_for() -> None:
     other_gpu = report(H100, "jetson-thor")
-    assert "GPU" in other_gpu.missing and "--target jetson-thor --check" in mend(other_gpu, "GPU")
+    assert "GPU" in other_gpu.missing and "--target jetson-thor --check" in fix(other_gpu, "GPU")
     sibling = report(H100, "h200")
-    assert verdicts(sibling)["machine"] == "warning" and "This machine is h100" in mend(sibling, "machine")
+    assert verdicts(sibling)["machine"] == "warning" and "This machine is h100" in fix(sibling, "machine")
     assert sibling.can_build
 
 
@@ -305,7 +305,7 @@ def test_nobody_is_told_to_install_torch() -> None:
     for probe in (ORIN_62, ORIN_72, ORIN_NANO, THOR, H100, LAPTOP):
         found = report(probe.but(modules=(), packages={"torch": None}))
         assert verdicts(found)["torch"] == "ok"
-        assert not any("torch" in line.mend for line in found.lines)
+        assert not any("torch" in line.fix for line in found.lines)
 
 
 def test_a_machine_that_tells_nothing() -> None:
@@ -319,7 +319,7 @@ def test_the_table_is_what_the_report_says(capsys: pytest.CaptureFixture) -> Non
     show(found)
     printed = capsys.readouterr().out
     for line in found.lines:
-        assert line.name in printed and line.seen in printed and line.mend in printed
+        assert line.name in printed and line.seen in printed and line.fix in printed
     for sentence in found.summary():
         assert sentence in printed
 
@@ -327,7 +327,7 @@ def test_the_table_is_what_the_report_says(capsys: pytest.CaptureFixture) -> Non
 def test_json() -> None:
     document = strict_json(json.dumps(report(ORIN_NANO).to_json()))
     assert document["target"] == "jetson-orin-nano-8" and document["can_build"] is True
-    assert {"name", "seen", "expected", "verdict", "mend"} == set(document["lines"][0])
+    assert {"name", "seen", "expected", "verdict", "fix"} == set(document["lines"][0])
 
 
 def test_this_machine() -> None:

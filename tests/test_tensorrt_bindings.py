@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "sfexport"
 # Variables that mean something else than elsewhere.
 SPECIAL = {"build.py": {"plan": ""}, "plugin_v3.py": {"builder": "IExprBuilder"}}
 AHEAD = VERSIONS[1:]  # versions with tensorrt.plugin's ahead-of-time plugins
-DOORS = [("python", version) for version in VERSIONS] + [("ahead", version) for version in AHEAD]
+PLUGIN_KINDS = [("python", version) for version in VERSIONS] + [("ahead", version) for version in AHEAD]
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ print(json.dumps([trt.__version__, trt.Logger.__module__, len(registry.all_creat
 
 @pytest.mark.bindings
 @pytest.mark.parametrize(("dtype", "sequence", "slow"), [("HALF", 57, 2304), ("FLOAT", 1, 2304), ("HALF", 2000, 64)])
-@pytest.mark.parametrize(("door", "version"), DOORS)
-def test_cross_attention_plugins(door, version, dtype, sequence, slow, bindings):
-    """Both plugins, through a door: what TensorRT works out with symbols is what the plan says with numbers."""
+@pytest.mark.parametrize(("kind", "version"), PLUGIN_KINDS)
+def test_cross_attention_plugins(kind, version, dtype, sequence, slow, bindings):
+    """Both plugins, of each kind: what TensorRT works out with symbols is what the plan says with numbers."""
     query, key = [1, 28, sequence, 128], [1, 4, slow, 128]
     split, combine = OPERATIONS
     split_inputs = [query, key, key, [1, sequence], [1]]
@@ -135,13 +135,13 @@ def test_cross_attention_plugins(door, version, dtype, sequence, slow, bindings)
     combine_inputs = [query, list(partial), list(logsumexp), [1, sequence]]
     shapes = {split.name: split_inputs, combine.name: combine_inputs}
     given = json.dumps(asdict(settings)), json.dumps(shapes)
-    found = bindings.json("-m", "trt_bindings.drive_plugins", door, dtype, *given)
+    found = bindings.json("-m", "trt_bindings.drive_plugins", kind, dtype, *given)
 
     assert found[split.name]["shapes"] == [list(partial), list(logsumexp)]
     assert found[split.name]["dtypes"] == ["FLOAT", "FLOAT"]
     assert found[combine.name]["shapes"] == [[1, sequence, 28 * 128]]
     assert found[combine.name]["dtypes"] == [dtype]
-    if door == "python":
+    if kind == "python":
         assert [found[o.name]["restored"] for o in OPERATIONS] == [True, True]
         return
     name = {"HALF": "fp16", "FLOAT": "fp32"}[dtype]

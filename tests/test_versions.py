@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sfexport.engines.tensorrt.parser_support import support_for
-from sfexport.engines.tensorrt.plugin import choose_door
+from sfexport.engines.tensorrt.plugin import choose_plugin
 from sfexport.errors import InputError
 from sfexport.kernels.launch_config import SMS
 from sfexport.machines.targets import kernel_ptx_isa
@@ -87,7 +87,7 @@ def test_the_tables_begin_and_end_with_the_same_versions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensorrt", "numpy", "door"),
+    ("tensorrt", "numpy", "kind"),
     [
         ("10.3.0", "1.26.4", "python"),
         ("10.8", "2.4.6", "python"),
@@ -99,10 +99,10 @@ def test_the_tables_begin_and_end_with_the_same_versions() -> None:
         ("11.4.0.106", "1.26.4", "ahead"),
     ],
 )
-def test_the_plugins_door(tensorrt: str, numpy: str, door: str) -> None:
-    assert choose_door(tensorrt, numpy) == door
+def test_the_kind_of_plugin(tensorrt: str, numpy: str, kind: str) -> None:
+    assert choose_plugin(tensorrt, numpy) == kind
     works = has_aot_plugins(tensorrt) and (is_older(numpy, NEW_NUMPY) or not aot_needs_old_numpy(tensorrt))
-    assert works == (door == "ahead")
+    assert works == (kind == "ahead")
 
 
 def test_weights_are_read_where_they_lie_from_10_13_on() -> None:

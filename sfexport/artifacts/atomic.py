@@ -124,7 +124,7 @@ def _sibling(target: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def _swept(target: Path) -> Iterator[None]:
-    """Mend what killed processes left beside `target`; until the end of the block nobody else does."""
+    """Repair what killed processes left beside `target`; until the end of the block nobody else does."""
     with _parent_lock(target) as locked:
         if locked:
             _sweep_old(target)
@@ -166,7 +166,7 @@ def _put(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
     elif not _exchange(temporary, target):
-        # Two steps where the system has no exchange: a kill in between is mended by `restore`.
+        # Two steps where the system has no exchange: a kill in between is repaired by `restore`.
         aside = Path(tempfile.mkdtemp(prefix=_prefix(target.name), suffix=_OLD, dir=target.parent))
         try:
             target.rename(aside / target.name)

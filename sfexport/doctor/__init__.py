@@ -1,1 +1,1 @@
-"""`sfexport doctor`: what this machine lacks to build and run engines, and the commands that mend it."""
+"""`sfexport doctor`: what this machine lacks to build and run engines, and the commands that fix it."""

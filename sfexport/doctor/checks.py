@@ -35,20 +35,20 @@ _NOT_NEEDED = "not needed to build or answer"
 
 @dataclass(frozen=True)
 class Line:
-    """One thing looked at. `verdict` is 'ok', 'warning' or 'missing'; `mend` is empty where nothing is to be done."""
+    """One thing looked at. `verdict` is 'ok', 'warning' or 'missing'; `fix` is empty where nothing is to be done."""
 
     name: str
     seen: str
     expected: str
     verdict: str = OK
-    mend: str = ""
+    fix: str = ""
 
 
 Check = Callable[[Machine, "Target | None"], "Line | None"]
 
 
 def checks_for(machine: Machine) -> tuple[Check, ...]:
-    """In the order to mend things in. Without NVIDIA hardware, TensorRT's companions are not asked for."""
+    """In the order to fix things in. Without NVIDIA hardware, TensorRT's companions are not asked for."""
     if not machine.cuda.device:
         return (_machine, _python, _gpu, _triton, _onnxruntime, _memory, _torch)
     first = (_machine, _python, _jetpack, _driver, _gpu, _tensorrt, _numpy, _cuda_python, _triton)
@@ -61,12 +61,12 @@ def _machine(machine: Machine, target: Target | None) -> Line:
     if target is None:
         if not machine.cuda.device:
             return Line("machine", seen, "any")
-        mend = "Its GPU is not in the table of targets: what follows is judged by general rules."
-        return Line("machine", seen, "a known target", WARNING, mend)
+        fix = "Its GPU is not in the table of targets: what follows is judged by general rules."
+        return Line("machine", seen, "a known target", WARNING, fix)
     if here is None or here.name == target.name:
         return Line("machine", seen, target.name)
-    mend = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build them there."
-    return Line("machine", seen, target.name, WARNING, mend)
+    fix = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build them there."
+    return Line("machine", seen, target.name, WARNING, fix)
 
 
 def _python(machine: Machine, target: Target | None) -> Line:
@@ -98,8 +98,8 @@ def _jetpack(machine: Machine, target: Target | None) -> Line | None:
     oldest = f"{version_text(OLDEST_JETPACK)} or later"
     expected = target.jetpack if target and target.jetpack else oldest
     if machine.jetpack is None:
-        mend = "Its version cannot be read here (normal in a container)."
-        return Line("JetPack", "unknown", expected, WARNING, mend)
+        fix = "Its version cannot be read here (normal in a container)."
+        return Line("JetPack", "unknown", expected, WARNING, fix)
     seen = machine.jetpack + (f" (Jetson Linux {machine.l4t})" if machine.l4t else "")
     if is_older(machine.jetpack, OLDEST_JETPACK):
         return Line("JetPack", seen, oldest, MISSING, "Flash JetPack 6.2 or 7.2: TensorRT 8 is too old.")
@@ -163,8 +163,8 @@ def _tensorrt(machine: Machine, target: Target | None) -> Line:
         return Line("TensorRT", f"{found.version or ''} {found.error}".strip(), expected, MISSING, _reinstall(machine))
     seen = found.version or "unknown"
     if is_older(found.version, OLDEST["tensorrt"]):
-        mend = "Flash JetPack 6.2 or 7.2." if machine.jetson_model else _install_tensorrt(machine)
-        return Line("TensorRT", seen, expected, MISSING, mend)
+        fix = "Flash JetPack 6.2 or 7.2." if machine.jetson_model else _install_tensorrt(machine)
+        return Line("TensorRT", seen, expected, MISSING, fix)
     if found.cuda and found.cuda > _cuda_major(machine, target):
         seen = f"{seen} for CUDA {found.cuda}"
         return Line("TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda))
@@ -237,8 +237,8 @@ def _triton(machine: Machine, target: Target | None) -> Line:
     seen, oldest = machine.packages["triton"], version_text(OLDEST["triton"])
     expected = f"{oldest} or later, to compile the kernel"
     if is_older(seen, OLDEST["triton"]):
-        mend = f"pip install 'triton>={oldest}'" if seen else "pip install triton"
-        return Line("triton", seen or "none", expected, WARNING, mend)
+        fix = f"pip install 'triton>={oldest}'" if seen else "pip install triton"
+        return Line("triton", seen or "none", expected, WARNING, fix)
     return Line("triton", seen or "", expected)
 
 

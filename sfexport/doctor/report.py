@@ -1,4 +1,4 @@
-"""`sfexport doctor`: whether engines can be built and run here, and the command that mends what is missing."""
+"""`sfexport doctor`: whether engines can be built and run here, and the command that fixes what is missing."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def show(report: Report) -> None:
     title = f"this machine, for {report.target}" if report.target else "this machine"
     rows = [(line.verdict, line.name, line.seen, line.expected) for line in report.lines]
     console.table(title, ("", "", "seen", "expected"), rows)
-    if mends := [(line.name, line.mend) for line in report.lines if line.mend]:
-        console.table("what to do", ("", ""), mends)
+    if fixes := [(line.name, line.fix) for line in report.lines if line.fix]:
+        console.table("what to do", ("", ""), fixes)
     for sentence in report.summary():
         console.say(sentence, err=False)

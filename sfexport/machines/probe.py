@@ -1,4 +1,4 @@
-"""The only door to the operating system that `sfexport doctor` uses, so that a test can describe any machine.
+"""All that `sfexport doctor` asks of the operating system, in one class, so that a test can describe any machine.
 
 Every method answers None (or nothing) instead of raising: an examination must end on any machine.
 """

@@ -74,7 +74,7 @@ def test_order_of_calls(version, bundle, tmp_path, monkeypatch):
     assert content["plugin"] == ("ahead" if compiled else "python")
     assert content["gpu"] == {"name": "Orin", "sm": 87}
     engines = {f"{g}.engine" for g in GRAPHS}
-    # The Python door launches PTX that lies beside the engines; the other has it inside.
+    # The plugins in Python launch PTX that lies beside the engines; the others have it inside.
     beside = set(content["files"]) - engines
     assert engines <= set(content["files"]) and len(beside) == (0 if compiled else 3)
     assert not played.recorder.log

@@ -1,4 +1,4 @@
-"""sfexport's own plugins in the real registry, through one door; prints JSON. Runs inside an environment.
+"""sfexport's own plugins in the real registry, of one kind; prints JSON. Runs inside an environment.
 
 `python -m trt_bindings.drive_plugins DOOR DTYPE SETTINGS SHAPES`: the fields of PluginSettings, and for each operation
 its inputs' shapes, as JSON. The kernels are texts that name what they were asked for; nothing is compiled.
@@ -46,12 +46,12 @@ def drive_python(operation: Operation, settings: PluginSettings, inputs: list[Te
     return driven, (again.settings, again.kernel) == (plugin.settings, plugin.kernel)
 
 
-def main(door: str, dtype: str, settings: PluginSettings, shapes: dict[str, list[list[int]]]) -> None:
-    register_plugins(trt, door, kernels)
+def main(kind: str, dtype: str, settings: PluginSettings, shapes: dict[str, list[list[int]]]) -> None:
+    register_plugins(trt, kind, kernels)
     report = {}
     for operation in OPERATIONS:
         inputs = inputs_of(operation, dtype, shapes[operation.name])
-        if door == "python":
+        if kind == "python":
             driven, restored = drive_python(operation, settings, inputs)
             report[operation.name] = asdict(driven) | {"restored": restored}
         else:

@@ -19,7 +19,7 @@ from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.builder import BuildOptions, OnProgress, build_engine, timing_cache_file
 from sfexport.engines.tensorrt.library import check_driver, library
-from sfexport.engines.tensorrt.plugin import choose_door, register_plugins
+from sfexport.engines.tensorrt.plugin import choose_plugin, register_plugins
 from sfexport.engines.tensorrt.plugin_operations import KernelSource
 from sfexport.engines.weight_check import check_weights
 from sfexport.errors import InputError, MissingDependency, SfexportError
@@ -91,23 +91,23 @@ def build_tensorrt(
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
     weights_read = check_weights(bundle, report)
-    door, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
+    kind, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
     for name in GRAPHS:
         report(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
-        graph = _graph_to_build(bundle, name, door, gpu, directory)
+        graph = _graph_to_build(bundle, name, kind, gpu, directory)
         file = directory / f"{name}.engine"
         build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, report)
         if graph.parent == directory:
             graph.unlink()
-    if door == "python":
+    if kind == "python":
         save_kernels(directory, kernels)
     here = match_machine(machine)
     return {
         "target": here.name if here else f"sm{gpu.sm}",
         "gpu": {"name": gpu.name, "sm": gpu.sm},
-        "plugin": door,
+        "plugin": kind,
         "weights_read": weights_read,
         "limits": asdict(limits),
         "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
@@ -182,7 +182,7 @@ def memory_needs(
 def _prepare_plugin(
     trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report
 ) -> tuple[str | None, tuple[Kernel, ...]]:
-    """Register the plugin; the door it came through and its kernels, or None where the graph's own nodes must do.
+    """Register the plugins; their kind and kernels, or None where the graph's own nodes must do.
 
     That is without Triton, and for a GPU or a head size that no kernel is made for.
 
@@ -195,8 +195,8 @@ def _prepare_plugin(
         source = options.kernel_source()
         # Once now, so that a kernel that cannot be compiled is found before the build.
         kernels = source(bundle.precision, bundle.config.text.head_dim, gpu.sm, kernel_ptx_isa(gpu.sm))
-        door = choose_door(trt.__version__, package_version("numpy"))
-        register_plugins(trt, door, source)
+        kind = choose_plugin(trt.__version__, package_version("numpy"))
+        register_plugins(trt, kind, source)
     except (MissingDependency, InputError) as error:
         if isinstance(error, InputError) and options.kernels is not None:
             raise
@@ -205,17 +205,17 @@ def _prepare_plugin(
             f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"
         )
         return None, ()
-    return door, kernels
+    return kind, kernels
 
 
 def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSettings:
     return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.config.text.head_dim)
 
 
-def _graph_to_build(bundle: Bundle, name: str, door: str | None, gpu: Gpu, directory: Path) -> Path:
+def _graph_to_build(bundle: Bundle, name: str, kind: str | None, gpu: Gpu, directory: Path) -> Path:
     """The bundle's own file, or its function-free sibling in `directory`."""
     file = bundle.graph_file(name)
-    if door is None:
+    if kind is None:
         return file
     model = onnx.load(file, load_external_data=False)
     if not count_cross_attention(model):

@@ -1,11 +1,11 @@
-"""The TensorRT plugins CrossAttentionSplit and CrossAttentionCombine: which door they come through.
+"""Register the TensorRT plugins CrossAttentionSplit and CrossAttentionCombine, of the kind that this TensorRT takes.
 
-Two doors lead into TensorRT and both launch the same PTX:
+Both kinds launch the same PTX:
 
-    ahead of time   a quick plugin whose PTX is stored in the engine; nothing of sfexport is needed to run it
-    python          an IPluginV3 in Python that launches the PTX itself; its class must be registered to run
+    ahead    ahead of time (AOT): a quick plugin whose PTX is stored in the engine; running it needs nothing of sfexport
+    python   an IPluginV3 in Python that launches the PTX itself; its class must be registered to run
 
-What the plugins take is in plugin_operations.py; the doors are plugin_aot.py and plugin_v3.py.
+What the plugins take is in plugin_operations.py; the kinds are plugin_aot.py and plugin_v3.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sfexport.kernels.compile import compile_kernels
 from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, is_older
 
 
-def choose_door(tensorrt_version: str, numpy_version: str) -> str:
+def choose_plugin(tensorrt_version: str, numpy_version: str) -> str:
     """'ahead' where this TensorRT has it and its Python part works with this NumPy, else 'python'."""
     new_numpy = not is_older(numpy_version, NEW_NUMPY)
     if not has_aot_plugins(tensorrt_version) or (new_numpy and aot_needs_old_numpy(tensorrt_version)):
@@ -27,7 +27,7 @@ def choose_door(tensorrt_version: str, numpy_version: str) -> str:
     return "ahead"
 
 
-def register_plugins(trt: Any, door: str, source: KernelSource = compile_kernels) -> None:
+def register_plugins(trt: Any, kind: str, source: KernelSource = compile_kernels) -> None:
     """Register both plugins in TensorRT's registry. Quick plugins stay as they are if they are registered already.
 
     Args:
@@ -40,7 +40,7 @@ def register_plugins(trt: Any, door: str, source: KernelSource = compile_kernels
     if registry is None:
         raise SfexportError("TensorRT has no plugin registry.", "Its libraries are incomplete; install them again.")
     for operation in OPERATIONS:
-        if door == "python":
+        if kind == "python":
             from sfexport.engines.tensorrt.plugin_v3 import register
 
             register(trt, operation, source)

@@ -1,4 +1,4 @@
-"""The ahead-of-time door (TensorRT 10.9 and later): quick plugins whose PTX TensorRT stores in the engine.
+"""The ahead-of-time plugins (TensorRT 10.9 and later): quick plugins whose PTX TensorRT stores in the engine.
 
 No `from __future__ import annotations` here: TensorRT reads the annotations of the described functions as objects.
 """

@@ -1,4 +1,4 @@
-"""The two operations that the TensorRT plugins implement: inputs, types, shapes and launches, whatever the door."""
+"""The two operations that both kinds of TensorRT plugin implement: inputs, types, shapes and launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python door (TensorRT 10.0 and later): IPluginV3 classes that launch the PTX with CUDA's driver API.
+"""The plugins in Python (TensorRT 10.0 and later): IPluginV3 classes that launch the PTX with CUDA's driver API.
 
 An engine's fields hold what its kernel was compiled for; the PTX itself lies beside the engine (kernels/store.py), so
 that running needs no Triton. It is not a field, because with NumPy 2 the bindings before 10.16 give back only the first

@@ -140,10 +140,10 @@ def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> 
     takes = f"driver of CUDA {target.cuda} takes PTX {newest / 10:.1f}"
     lines = [Line("plugin kernels", takes, f"PTX {isa / 10:.1f}", isa <= newest)]
     lines += [_kernel_line(kernel, checked) for kernel in kernels]
-    door = "ahead of time" if has_aot_plugins(target.tensorrt) else "Python"
+    plugin = "ahead of time" if has_aot_plugins(target.tensorrt) else "Python"
     if aot_needs_old_numpy(target.tensorrt):
-        door += f" with NumPy before {version_text(NEW_NUMPY)}, else Python"
-    lines.append(Line("plugin", f"door into TensorRT {target.tensorrt}", door, True))
+        plugin += f" with NumPy before {version_text(NEW_NUMPY)}, else Python"
+    lines.append(Line("plugin", f"kind for TensorRT {target.tensorrt}", plugin, True))
     return lines, kernels
 
 
