@@ -217,8 +217,8 @@ def test_int4_is_what_a_quantised_bundle_holds(
     checkpoint = Checkpoint.open(tmp_path / "checkpoint")
     plan = plan_weights(checkpoint, tmp_path, "BF16", head)
     stored = {name: place.length for name, place in plan.places.items()}
-    ours = weight_bytes(checkpoint.model_config, checkpoint.tower, Storage("int4", 2, 4, head_bits))
-    if checkpoint.model_config.text.tie_word_embeddings and head == "fp16":
+    ours = weight_bytes(checkpoint.config, checkpoint.tower, Storage("int4", 2, 4, head_bits))
+    if checkpoint.config.text.tie_word_embeddings and head == "fp16":
         ours["embedding"] = 0  # the same bytes as the head
     assert sum(ours.values()) == sum(stored.values())
 

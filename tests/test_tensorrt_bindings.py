@@ -188,14 +188,14 @@ UNTIL = {"BuilderFlag.FP16": "11.0"}
 
 
 class Profile:
-    def __init__(self, config):
+    def __init__(self, builder_config):
         self.name = "a"
-        self._config = config
-        config.set_flag(trt.BuilderFlag.FP16)
+        self._builder_config = builder_config
+        builder_config.set_flag(trt.BuilderFlag.FP16)
 
     def use(self, parser, other):
         names = trt.MemoryPoolType
-        self._config.set_memory_pool_limit(names.WORKSPACE, 1)
+        self._builder_config.set_memory_pool_limit(names.WORKSPACE, 1)
         error = parser.get_error(0)
         if hasattr(parser, "no_such") and getattr(trt, "also_none", None):
             parser.load_model_proto(b"")

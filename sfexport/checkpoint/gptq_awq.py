@@ -129,7 +129,7 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
     parts = {f"{name.removesuffix('.weight')}.{part}" for name in taken for part in PARTS}
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts}
     # Settings from the quantiser's own file are config.json's from here on.
-    config = checkpoint.config | {"quantization_config": {"quant_method": settings.method}}
+    config = checkpoint.raw_config | {"quantization_config": {"quant_method": settings.method}}
     return replace(checkpoint, raw_config=config, tensors=others | plain), taken
 
 

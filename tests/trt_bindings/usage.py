@@ -1,10 +1,11 @@
 """What source files use of TensorRT, read from their syntax trees. Standard library only.
 
-Two conventions make it readable: the module is called `trt` (its plugin module `quick`), and a TensorRT object is held
-in a variable or an attribute of the name that VARIABLES lists. So `config.set_flag(trt.BuilderFlag.TF32)` and
-`self._config.set_flag(...)` use 'IBuilderConfig.set_flag', 'BuilderFlag' and 'BuilderFlag.TF32'. What a function
-assigns from them (`names = trt.BuilderFlag`, `error = parser.get_error(0)`) is followed. A file with a class of its own
-of such a name (`class Engine`) means that one where the attribute is the class's.
+Two conventions make it readable: the module is called `trt` (its plugin module `quick`), and a TensorRT object is
+held in a variable or an attribute of the name that VARIABLES lists. So
+`builder_config.set_flag(trt.BuilderFlag.TF32)` and `self._builder_config.set_flag(...)` use
+'IBuilderConfig.set_flag', 'BuilderFlag' and 'BuilderFlag.TF32'. What a function assigns from them (`names =
+trt.BuilderFlag`, `error = parser.get_error(0)`) is followed. A file with a class of its own of such a name (`class
+Engine`) means that one where the attribute is the class's.
 
 What not every version has is named by the file itself, in module constants: SINCE = {"IProgressMonitor": "10.0"} is
 used from that version on, UNTIL = {"BuilderFlag.FP16": "11.0"} only before. An entry covers what lies below it.
@@ -25,7 +26,7 @@ MODULES = {"trt": "", "tensorrt": "", "quick": "plugin"}
 VARIABLES = {
     "builder": "Builder",
     "network": "INetworkDefinition",
-    "config": "IBuilderConfig",
+    "builder_config": "IBuilderConfig",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
     "cache": "ITimingCache",

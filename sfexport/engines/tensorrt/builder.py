@@ -72,13 +72,13 @@ def build_engine(
     with _Weights(parser, graph, weights_directory) as weights:
         if not weights.parse():
             raise SfexportError(_parser_problem(parser, graph, logger))
-        config = builder.create_builder_config()
-        _configure(trt, builder, config, options)
+        builder_config = builder.create_builder_config()
+        _configure(trt, builder, builder_config, options)
         for profile in profiles:
-            config.add_optimization_profile(_make_profile(builder, network, profile))
+            builder_config.add_optimization_profile(_make_profile(builder, network, profile))
         monitor = _make_monitor(trt, on_progress)
-        config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
+        builder_config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, builder_config)
     if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
@@ -87,7 +87,7 @@ def build_engine(
             "If memory ran out, close other programs or build with fewer --frames.",
         )
     out.write_bytes(memoryview(plan))
-    _keep_timings(config, options)
+    _keep_timings(builder_config, options)
 
 
 def _network_flags(trt: Any) -> int:
@@ -175,22 +175,22 @@ def _last(errors: list[str]) -> str:
     return errors[-1] if errors else "it gives no reason"
 
 
-def _configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
+def _configure(trt: Any, builder: Any, builder_config: Any, options: BuildOptions) -> None:
     if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+        builder_config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
+        builder_config.builder_optimization_level = options.optimization_level
     if not options.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine keeps its nodes' names
+        builder_config.clear_flag(trt.BuilderFlag.TF32)
+    builder_config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine keeps its nodes' names
     if options.timing_cache is not None:
         file = options.timing_cache
-        cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-        config.set_timing_cache(cache, False)
+        cache = builder_config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+        builder_config.set_timing_cache(cache, False)
 
 
-def _keep_timings(config: Any, options: BuildOptions) -> None:
-    cache = config.get_timing_cache() if options.timing_cache is not None else None
+def _keep_timings(builder_config: Any, options: BuildOptions) -> None:
+    cache = builder_config.get_timing_cache() if options.timing_cache is not None else None
     if cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(options.timing_cache, bytes(memoryview(cache.serialize())))
