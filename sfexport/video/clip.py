@@ -41,7 +41,7 @@ class Clip:
         self._is_closed = False
         try:
             with explained(self._path):
-                self._timeline = self._read_timeline(self._decoder.list_packets())
+                self._open_timeline(self._decoder.list_packets())
                 self._advance_from_start(0)
                 self._orientation = stored_orientation(self._latest, self._decoder.first_payload)
                 self.info = self._describe()
@@ -143,6 +143,21 @@ class Clip:
             yield self._timeline.number(ordinal, counted), frame
 
     # Opening.
+
+    def _open_timeline(self, packets: list[PacketInfo]) -> None:
+        """Set the timeline, and leave the decoder before the first frame.
+
+        What a decoder puts in the place of what frames lost in transmission would have given depends on its threads and
+        on where it began: all frames then come from the beginning, decoded by one thread.
+        """
+        is_stream = self._decoder.container.format.name in ("mpegts", "mpeg")
+        if is_stream and any(packet.is_corrupt for packet in packets):
+            self._decoder.keep_to_one_thread()
+        self._timeline = self._read_timeline(packets)
+        if is_stream and self._timeline.may_have_losses():
+            self._timeline = self._timeline.without_any_seek_point()
+            self._decoder.keep_to_one_thread()
+            self._stand(self._numbered(self._decoder.from_start()), before=0)
 
     def _read_timeline(self, infos: list[PacketInfo]) -> Timeline:
         """By the packets' times; where they cannot be trusted or the first frames contradict them, by decoding all.

@@ -65,6 +65,10 @@ class Decoder:
                 return infos
         raise VideoError(f"'{self._path}' has a video stream without any frames.", "Record or convert it again.")
 
+    def keep_to_one_thread(self) -> None:
+        """From the next pass from the beginning on."""
+        self._has_threads = False
+
     def rewind(self) -> None:
         """Opening anew goes back to the beginning in every container, with or without times."""
         self.container.close()

@@ -131,6 +131,9 @@ class Timeline:
         end = int(np.searchsorted(self.seek_points[:, 0], last.ordinal)) + 1
         return replace(self, seek_points=np.delete(self.seek_points, slice(max(end - count, 1), end), axis=0))
 
+    def without_any_seek_point(self) -> Timeline:
+        return replace(self, seek_points=self.seek_points[:0])
+
     def seek_point(self, frame: int, steps_back: int = 0) -> SeekPoint | None:
         """The last seek point not after `frame`, or one `steps_back` earlier; None: start at the beginning."""
         at = int(np.searchsorted(self.seek_points[:, 3], frame, side="right")) - 1 - steps_back
@@ -141,6 +144,11 @@ class Timeline:
         """Whether jumping to the seek point of `frame` skips any packet behind those up to the ordinal `passed`."""
         point = self.seek_point(frame)
         return point is not None and point.ordinal > passed + 1
+
+    def may_have_losses(self) -> bool:
+        """Whether a frame shows for more than one and a half times as long as most do: one behind it may be lost."""
+        durations = np.diff(self.stamps)
+        return self.is_timed and bool(len(durations) and durations.max() > 1.5 * np.median(durations))
 
     def span(self) -> int:
         """From the first frame's start to the last one's end, in the time base; 0 without times."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 from clip_kinds import DAMAGES
+from cores import set_cores
 from PIL import Image
 
 from sfexport.errors import VideoError
-from sfexport.video.containers import prepare
 from sfexport.video.decoding import Video
 
 
@@ -112,14 +111,6 @@ def spoil(path: Path, frames: set[int]) -> Path:
     return path
 
 
-def prepare_with(threads: int, stream: Any, path: Path, has_threads: bool) -> Any:
-    """As on a machine with this many cores."""
-    prepared = prepare(stream, path, has_threads)
-    if prepared.codec_context.thread_count != 1:
-        prepared.codec_context.thread_count = threads
-    return prepared
-
-
 def read_all(path: Path, indices: Iterable[int]) -> tuple[list[str], str]:
     """The digests of the frames that come, and the error that ends them."""
     frames: list[str] = []
@@ -161,7 +152,7 @@ class TestDamage:
         path = spoil(clips.write(tmp_path / "damaged.mp4", codec=codec), frames)
         outcomes = []
         for threads in (1, 2, 16):
-            monkeypatch.setattr("sfexport.video.decoder.prepare", partial(prepare_with, threads))
+            set_cores(monkeypatch, threads)
             outcomes.append((read_all(path, range(0, 40, 3)), read_all(path, [30])))
         assert outcomes[0] == outcomes[1] == outcomes[2]
 
