@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from sfexport.errors import VideoError
-from sfexport.video.containers import CONVERT_HINT, PICTURES, explained, times_are_usable
+from sfexport.video.containers import CONVERT_HINT, ONE_THREAD_CODECS, PICTURES, explained, times_are_usable
 from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost, stands_alone
 from sfexport.video.files import VideoInfo
 from sfexport.video.rgb import RgbConverter, stored_orientation
@@ -175,7 +175,10 @@ class Clip:
                 is_complete = first + len(tried) == len(timeline.order)
             if first >= 0 and numbers == list(range(first, first + len(numbers))) and is_complete is not False:
                 self._timeline = timeline.starting_at(first)
-                self._stand(self._numbered(chain(tried, rest)), before=0)
+                # Decoders without checks show what lies in memory, which depends on the frames that are held.
+                is_checked = self._decoder.stream.codec_context.name not in ONE_THREAD_CODECS
+                output = chain(tried, rest) if is_checked else self._decoder.from_start()
+                self._stand(self._numbered(output), before=0)
                 return self._timeline
         self._timeline = Timeline.from_decoding(infos, [ordinal for ordinal, _ in self._decoder.from_start()])
         if not len(self._timeline.order):
