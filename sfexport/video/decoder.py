@@ -168,8 +168,9 @@ class Decoder:
         """`packet` None makes the decoder give what it holds back."""
         if packet is not None:
             packet.pts, packet.dts, self.fed = ordinal, None, ordinal
-        # At the end, decoders pass over an error in what they held back.
-        is_silent = packet is None or self.stream.codec_context.name == "ffv1"
+        name = self.stream.codec_context.name
+        # At the end, AV1's decoder passes over an error in what it held back.
+        is_silent = name == "ffv1" or (packet is None and name == "libdav1d")
         with _damage_raised() if is_silent else contextlib.nullcontext():
             frames = self.stream.decode(packet)
         self.frames_decoded += len(frames)
