@@ -1,4 +1,4 @@
-"""What a file is before any decoder sees it: checks with clear refusals, and the infos of a clip."""
+"""What a file is before any decoder sees it: checks with clear refusals, and what is known of a clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kind of hostile input is, and the doors it goes through. May import sfexport's public surface and click."""
+"""What a kind of hostile input is, and the doors it goes through."""
 
 from __future__ import annotations
 

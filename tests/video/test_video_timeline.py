@@ -1,4 +1,4 @@
-"""The timeline: presentation order and seek points out of packet config."""
+"""The timeline: presentation order and seek points from what its packets say."""
 
 from __future__ import annotations
 
