@@ -23,7 +23,7 @@ SMALL_LAYERS, SMALL_WIDTH, SMALL_VOCABULARY = 12, 1024, 32768  # the ordinary wa
 
 def export_with_sfexport(checkpoint: str, out: str) -> dict[str, Any]:
     from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.export.export import ExportOptions, export
+    from sfexport.exporting.export import ExportOptions, export
 
     export(Checkpoint.open(checkpoint), Path(out), ExportOptions(weights="reference"))
     return {"written_mb": written_mb(Path(out)), "torch_imported": "torch" in sys.modules}

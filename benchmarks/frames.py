@@ -73,7 +73,7 @@ class Decoder:
 
         from sfexport.checkpoint.checkpoint import Checkpoint
         from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-        from sfexport.export.export import ExportOptions, export
+        from sfexport.exporting.export import ExportOptions, export
 
         config, tower, size = random_checkpoint.SIZES["0.5b"]
         config = config | {"num_hidden_layers": LAYERS, "cross_attn_max_layer_depth": LAYERS}

@@ -74,7 +74,7 @@ def compare(
     """One row per way of storing the weights: bytes planned and measured."""
     from sfexport.checkpoint.checkpoint import Checkpoint
     from sfexport.engines.build import build
-    from sfexport.export.export import ExportOptions, export
+    from sfexport.exporting.export import ExportOptions, export
     from sfexport.planning.plan import plan
 
     found = {f.storage.name: f.memory.run for f in plan(checkpoint, "cpu", frames).targets[0].figures}

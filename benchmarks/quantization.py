@@ -42,8 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def export_variant(checkpoint: str, out: str, variant: str) -> dict[str, Any]:
     from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.export import rounding as quantize
-    from sfexport.export.export import ExportOptions, export
+    from sfexport.exporting import rounding as quantize
+    from sfexport.exporting.export import ExportOptions, export
 
     if variant == "int4 plain":
         quantize.SHRINK = (1.0,)

@@ -31,7 +31,7 @@ TOKENS, SLOW = 8, 16
 
 def with_sfexport(checkpoint: str, out: str, precision: str) -> dict[str, Any]:
     from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.export.export import ExportOptions, export
+    from sfexport.exporting.export import ExportOptions, export
 
     export(Checkpoint.open(checkpoint), Path(out), ExportOptions(precision=precision, weights="reference"))
     return {"written_mb": written_mb(Path(out))}

@@ -24,7 +24,7 @@ from sfexport.demo.scenes import (
 )
 from sfexport.engines.build import build
 from sfexport.engines.interface import KeyValues
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 

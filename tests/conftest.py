@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.run import DemoPaths
 from sfexport.engines.build import build
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 # Examples take longer on a busy machine, which is no fault of what is tested.

@@ -20,7 +20,7 @@ from sessions import model_session
 from sfexport.artifacts.manifest import GRAPHS
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.graphs import names
 
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)

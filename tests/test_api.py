@@ -27,7 +27,7 @@ from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build
 from sfexport.errors import BundleError, InputError, VideoError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 from sfexport.video.decoding import Video
 

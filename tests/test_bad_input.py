@@ -33,7 +33,7 @@ from helpers import (
 )
 
 from sfexport.errors import CheckpointError
-from sfexport.export import export as bundle_module
+from sfexport.exporting import export as bundle_module
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = ("-q", "What happens?")

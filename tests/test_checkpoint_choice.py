@@ -30,7 +30,7 @@ from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 from sfexport.errors import CheckpointError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import to_bf16, write_random_checkpoint
 
 SINGLE = "model.safetensors"

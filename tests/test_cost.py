@@ -18,7 +18,7 @@ import pytest
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
-from sfexport.export.weights_layout import plan_weights
+from sfexport.exporting.weights_layout import plan_weights
 from sfexport.planning.flops import (
     PARTS,
     Call,

@@ -22,7 +22,7 @@ from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights, source_frames
 from sfexport.engines.embedding import EmbeddingTable
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.graphs.names import hidden_name, past_names, present_names, slow_names
 
 ATOL = 1e-4

@@ -18,7 +18,7 @@ from sfexport.artifacts.manifest import Bundle, Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import BundleError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 HEAD = "lm_head.weight"

@@ -28,7 +28,7 @@ from sfexport.artifacts.manifest import Bundle, Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines import memory
 from sfexport.engines.build import build
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 
 ASK = ("-q", "What happens?", "--max-new-tokens", 2)
 

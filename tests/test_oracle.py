@@ -15,7 +15,7 @@ from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import CheckpointError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 torch = pytest.importorskip("torch")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import Tree
 
-from sfexport.parity.compare import Tolerance
-from sfexport.parity.report import show
-from sfexport.parity.run import run_parity, tie_within
+from sfexport.comparing.compare import Tolerance
+from sfexport.comparing.report import show
+from sfexport.comparing.run import run_parity, tie_within
 from sfexport.qa.pipeline import Pipeline
 
 pytest.importorskip("torch", reason="parity compares with PyTorch, which is not installed")

@@ -18,8 +18,8 @@ from sfexport.checkpoint.vision_tower import VitTower
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.tensorrt.parser_support import Gap, check_graph, support_for
 from sfexport.errors import InputError
-from sfexport.export.export import build_graphs
-from sfexport.export.rounding import encode
+from sfexport.exporting.export import build_graphs
+from sfexport.exporting.rounding import encode
 from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 
 VERSIONS = ["10.3", "10.9", "10.13", "10.16", "11.4"]

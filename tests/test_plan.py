@@ -19,7 +19,7 @@ from sfexport.engines.build import build
 from sfexport.engines.memory import plan_memory, sum_up
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.errors import CheckpointError, InputError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.machines.targets import find_target, load_targets
 from sfexport.planning.flops import Storage, weight_bytes
 from sfexport.planning.memory import GRAPH_PARTS

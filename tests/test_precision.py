@@ -21,6 +21,8 @@ from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.checkpoint.vision_tower import Tower, VitTower
+from sfexport.comparing.compare import Tolerance
+from sfexport.comparing.run import run_parity
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
@@ -28,11 +30,9 @@ from sfexport.engines.build import build
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.onnxruntime_backend import check_precision
 from sfexport.errors import BundleError, InputError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.graphs import names
 from sfexport.graphs.writer import GraphWriter
-from sfexport.parity.compare import Tolerance
-from sfexport.parity.run import run_parity
 from sfexport.qa.pipeline import Pipeline
 from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 

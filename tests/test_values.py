@@ -13,7 +13,7 @@ from helpers import refusal
 import sfexport
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.errors import InputError
-from sfexport.export.export import ExportOptions
+from sfexport.exporting.export import ExportOptions
 from sfexport.values import as_path, one_of, whole_number
 
 NO_COUNT = ("4", "", 2.5, 4.0, float("nan"), None, True, [4], b"4", 1j, object(), -1, 0, 10**30)

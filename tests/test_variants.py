@@ -9,10 +9,10 @@ import pytest
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import GATING_TYPES
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
+from sfexport.comparing.compare import Tolerance
+from sfexport.comparing.run import ParityReport, run_parity
 from sfexport.engines.build import build
-from sfexport.export.export import ExportOptions, export
-from sfexport.parity.compare import Tolerance
-from sfexport.parity.run import ParityReport, run_parity
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 

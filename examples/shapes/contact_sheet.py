@@ -18,7 +18,7 @@ from sfexport.demo.run import CLIP
 from sfexport.demo.scenes import FPS, FRAMES, SIZE, UPSCALE, is_sampled, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 
 SIDE, GAP, COLUMNS = 120, 8, 8

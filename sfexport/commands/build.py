@@ -78,7 +78,7 @@ def build(
     from sfexport.artifacts.inspect import inspect
     from sfexport.engines.build import build, check_backend, choose_backend, engine_name
     from sfexport.errors import InputError
-    from sfexport.export.open_or_export import bundle_from
+    from sfexport.exporting.open_or_export import bundle_from
 
     options = _tensorrt_options(target, jetpack, tensorrt)
     if check:
@@ -122,7 +122,7 @@ def _tensorrt_options(target: str | None, jetpack: str | None, given: dict[str, 
 
 def _wanted(backend: str, options: Any, precision: str, quantize: str | None) -> Any:
     """How a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
-    from sfexport.export.open_or_export import Wanted
+    from sfexport.exporting.open_or_export import Wanted
     from sfexport.machines.machine import look
     from sfexport.machines.targets import match_machine
 
@@ -137,7 +137,7 @@ def _check_build(source: Path, output: Path | None, wanted: Any, options: Any, a
     from tempfile import TemporaryDirectory
 
     from sfexport.engines.tensorrt.preflight import KIT_FILE, check_build, write_kit
-    from sfexport.export.open_or_export import bundle_from
+    from sfexport.exporting.open_or_export import bundle_from
 
     with TemporaryDirectory() as folder:
         beside = Path(folder) / "bundle"

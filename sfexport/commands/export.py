@@ -64,7 +64,7 @@ def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any)
     """
     from sfexport.artifacts.inspect import inspect
     from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.export.export import ExportOptions, export
+    from sfexport.exporting.export import ExportOptions, export
 
     output = output or Path(f"{directory_name(checkpoint)}-bundle")
     bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)

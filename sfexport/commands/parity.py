@@ -39,8 +39,8 @@ def parity(
     Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not. Answers may part at a
     token that PyTorch holds for as likely within the tolerance: a tie, shown as such.
     """
-    from sfexport.parity.report import show
-    from sfexport.parity.run import run_parity, tolerance_for
+    from sfexport.comparing.report import show
+    from sfexport.comparing.run import run_parity, tolerance_for
     from sfexport.qa.pipeline import Pipeline
 
     pipeline = Pipeline.load(engines)

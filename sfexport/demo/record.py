@@ -13,14 +13,14 @@ import numpy as np
 
 from sfexport import console
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.comparing.recording import Recording, Source, record, unprepare
 from sfexport.demo.clip import write_frames
 from sfexport.demo.run import CLIP, demo_questions
 from sfexport.demo.scenes import FPS, FRAMES, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
 from sfexport.engines.build import build
 from sfexport.engines.torch_backend import TorchBackend
-from sfexport.export.export import ExportOptions, export
-from sfexport.parity.recording import Recording, Source, record, unprepare
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 
 STEPS = 16  # tokens

@@ -12,17 +12,17 @@ from sfexport import console
 from sfexport.artifacts.atomic import is_leftover, new_directory
 from sfexport.artifacts.ownership import DROPPINGS
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.comparing.compare import Tolerance
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, Question, is_sampled, make_scene, video_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
 from sfexport.engines.build import build, engine_name
 from sfexport.errors import InputError, MissingDependency
-from sfexport.export.export import ExportOptions, export
-from sfexport.parity.compare import Tolerance
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from sfexport.parity.run import ParityReport
+    from sfexport.comparing.run import ParityReport
 
 CLIP = (2026, 7)  # seed and index of the demo's clip
 PARTS = ("checkpoint", "bundle", "engines", "clip.mp4")
@@ -144,8 +144,8 @@ def _ask(paths: DemoPaths) -> None:
 
 def _prove(paths: DemoPaths) -> bool:
     """Compare the engines with PyTorch, or, where it is not installed, with its recorded outputs."""
-    from sfexport.parity.report import show
-    from sfexport.parity.run import run_parity
+    from sfexport.comparing.report import show
+    from sfexport.comparing.run import run_parity
 
     pipeline = Pipeline.load(paths.engines)
     try:
@@ -159,7 +159,7 @@ def _prove(paths: DemoPaths) -> bool:
 
 def _compare_with_recording(pipeline: Pipeline, clip: Path, missing: MissingDependency) -> ParityReport:
     """Compare with what PyTorch gave for the frames of this clip when they were recorded."""
-    from sfexport.parity.recording import Recording, compare_with, largest_difference, unprepare
+    from sfexport.comparing.recording import Recording, compare_with, largest_difference, unprepare
 
     recording = Recording.load(RECORDED)
     console.say(f"{missing} Parity is with PyTorch's recorded outputs.", err=False)

@@ -145,7 +145,7 @@ def _check_graphs(bundle: Bundle) -> None:
     """
     from google.protobuf.message import DecodeError
 
-    from sfexport.export.description import describe_graph
+    from sfexport.exporting.description import describe_graph
 
     for name in GRAPHS:
         try:

@@ -19,7 +19,7 @@ from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import CheckpointError, MissingDependency
 
 if TYPE_CHECKING:
-    from sfexport.export.dequantize import RoundedMatrix
+    from sfexport.exporting.dequantize import RoundedMatrix
 
 RUNTIME = "torch"
 INSTALL = "pip install 'sfexport[torch]'"

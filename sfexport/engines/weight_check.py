@@ -22,7 +22,7 @@ from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import NO_NUMBERS
 from sfexport.engines.external_data import stored_tensors
 from sfexport.errors import BundleError, CheckpointError
-from sfexport.export.rounding import NOT_FINITE
+from sfexport.exporting.rounding import NOT_FINITE
 from sfexport.printable import size_text
 
 _CHUNK_BYTES = 8 << 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig
 from sfexport.checkpoint.fast_path import fast_token_count
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
-from sfexport.export.rounding import block_for
+from sfexport.exporting.rounding import block_for
 
 PARTS = ("tower", "projector", "compressor", "decoder", "head", "embedding")
 EMBEDDING_BYTES = 2  # the table stays in the checkpoint's file, as a rule in 16 bits

@@ -18,7 +18,7 @@ from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt.build import memory_needs
 from sfexport.errors import InputError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.machines.machine import look
 from sfexport.machines.targets import Target, find_target, load_targets, match_machine
 from sfexport.planning.flops import (

@@ -11,12 +11,12 @@ import pytest
 from helpers import assert_says, sfexport
 
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.comparing.compare import Tolerance, compare
+from sfexport.comparing.recording import Recording, largest_difference, unprepare
 from sfexport.demo.clip import write_frames
 from sfexport.demo.run import CLIP
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import RECORDED, SHIPPED
-from sfexport.parity.compare import Tolerance, compare
-from sfexport.parity.recording import Recording, largest_difference, unprepare
 from sfexport.video.decoding import Video
 from sfexport.video.preprocessing import preprocess
 

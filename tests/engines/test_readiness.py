@@ -19,7 +19,7 @@ from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.memory import plan_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt import preflight as readiness
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.kernels.store import StoredKernels
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")

@@ -20,7 +20,7 @@ from sfexport.engines.build import build
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.errors import InputError, MissingDependency, SfexportError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.kernels.compile import compile_kernels
 from sfexport.kernels.store import save_kernels
 from sfexport.machines.targets import find_target

@@ -21,7 +21,7 @@ from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build, open_backend
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.errors import BundleError, InputError, SfexportError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.kernels.compile import compile_kernels
 from sfexport.kernels.store import StoredKernels, save_kernels
 from sfexport.qa.pipeline import Pipeline

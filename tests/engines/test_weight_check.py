@@ -8,7 +8,7 @@ from conftest import Tree
 from helpers import assert_says, sfexport
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.export.rounding import encode
+from sfexport.exporting.rounding import encode
 
 NAMES = (
     "model.layers.1.mlp.up_proj.weight",

@@ -27,7 +27,13 @@ from sfexport.video.decoding import Video
 REFUSED, ANSWERED, EITHER = Expect.REFUSED, Expect.ANSWERED, Expect.EITHER
 TOO_LATE = "it had ended before the signal"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP, "SIGINT": signal.SIGINT}
-PRELOADED = ["sfexport.cli", "sfexport.export.export", "sfexport.engines.build", "sfexport.qa.pipeline", "fuzz.kills"]
+PRELOADED = [
+    "sfexport.cli",
+    "sfexport.exporting.export",
+    "sfexport.engines.build",
+    "sfexport.qa.pipeline",
+    "fuzz.kills",
+]
 # Audit events that change or read the disk: the moments at which a kill can show.
 EVENTS = (
     *("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.listdir", "os.scandir", "os.truncate"),

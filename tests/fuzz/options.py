@@ -13,7 +13,7 @@ from fuzz.kinds import Case, Expect, Kind, Wrong, call, command
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 
 REFUSED, ANSWERED, EITHER = Expect.REFUSED, Expect.ANSWERED, Expect.EITHER
 

@@ -28,7 +28,7 @@ def same_as_torch(case: Case, found: Reading) -> None:
     if not difference(found, whole(case.base)):
         return
     _check_configuration(case.room)
-    from sfexport.parity.run import run_parity
+    from sfexport.comparing.run import run_parity
 
     try:
         report = call(run_parity, sfexport.load(case.room / ENGINES), FRAMES, QUESTION, len(FRAMES), 8)

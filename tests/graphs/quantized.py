@@ -16,7 +16,7 @@ from sfexport.artifacts.manifest import Bundle
 from sfexport.engines import onnxruntime_backend
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-from sfexport.export.rounding import ARRAYS, decode, dequantize, encode, unpack_int4
+from sfexport.exporting.rounding import ARRAYS, decode, dequantize, encode, unpack_int4
 
 FILE = "weights.safetensors"
 ORT = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])

@@ -14,7 +14,7 @@ import pytest
 from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.fast_path import cell_weights, fast_token_count, frame_weights
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.graphs.names import past_names
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
@@ -99,7 +99,7 @@ def test_export_imports_neither_torch_nor_onnxruntime(tree, tmp_path: Path) -> N
 import sys
 from pathlib import Path
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 export(Checkpoint.open({str(tree.checkpoint)!r}), Path({str(tmp_path / "b")!r}), ExportOptions())
 print([m for m in ("torch", "transformers", "onnxruntime") if m in sys.modules])
 """

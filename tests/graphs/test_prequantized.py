@@ -20,7 +20,7 @@ from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import CheckpointError, InputError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 BODY = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sfexport.export.rounding import (
+from sfexport.exporting.rounding import (
     ARRAYS,
     BLOCKS,
     block_for,

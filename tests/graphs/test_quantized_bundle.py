@@ -22,19 +22,19 @@ from quantized import FILE, ORT, as_dtype, assert_same, exactly, optimized, run,
 
 from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.comparing import run as parity
+from sfexport.comparing.run import run_parity
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import BundleError, CheckpointError, InputError
-from sfexport.export import export as bundle_module
-from sfexport.export import weights_file
-from sfexport.export.dequantize import RoundedMatrix, rounded_matrices
-from sfexport.export.export import ExportOptions, export
-from sfexport.export.rounding import encode
-from sfexport.parity import run as parity
-from sfexport.parity.run import run_parity
+from sfexport.exporting import export as bundle_module
+from sfexport.exporting import weights_file
+from sfexport.exporting.dequantize import RoundedMatrix, rounded_matrices
+from sfexport.exporting.export import ExportOptions, export
+from sfexport.exporting.rounding import encode
 from sfexport.qa.pipeline import Pipeline
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
@@ -422,7 +422,7 @@ def test_a_killed_quantisation_leaves_no_bundle_and_the_next_one_cleans_up(
     """In a process of its own, stopped where it has written half of the weights."""
     place = tmp_path / "made"
     arguments = ["export", str(tree.checkpoint), "-o", str(place / "bundle"), "--quantize", "int4"]
-    code = "import os, sys; from sfexport.export import weights_file; from sfexport.cli import main; calls = []\n"
+    code = "import os, sys; from sfexport.exporting import weights_file; from sfexport.cli import main; calls = []\n"
     code += "inner = weights_file.pack_int4\n"
     code += "def stop(codes):\n    calls.append(0)\n"
     code += f"    if len(calls) == 10: os.kill(os.getpid(), {int(number)})\n    return inner(codes)\n"

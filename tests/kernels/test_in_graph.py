@@ -13,7 +13,7 @@ import pytest
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, PluginSettings, count_cross_attention, with_plugin_nodes
 
 pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sfexport.export.rounding import decode
+from sfexport.exporting.rounding import decode
 
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 EXTERNAL_KEYS = ("location", "offset", "length", "checksum")  # the parser refuses a tensor with any other

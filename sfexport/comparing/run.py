@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
 from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
-from sfexport.export.dequantize import rounded_matrices
-from sfexport.parity.compare import Comparison, Tolerance, compare, worst
+from sfexport.exporting.dequantize import rounded_matrices
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 from sfexport.values import whole_number

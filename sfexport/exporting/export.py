@@ -29,9 +29,9 @@ from sfexport.checkpoint.gptq_awq import Taken, adopt
 from sfexport.checkpoint.tokenizer_files import has_tokenizer
 from sfexport.checkpoint.tokenizer_making import write_tokenizer
 from sfexport.errors import InputError, SfexportError
-from sfexport.export.description import describe_graph
-from sfexport.export.weights_file import summary, write_weights
-from sfexport.export.weights_layout import HEADS, plan_weights
+from sfexport.exporting.description import describe_graph
+from sfexport.exporting.weights_file import summary, write_weights
+from sfexport.exporting.weights_layout import HEADS, plan_weights
 from sfexport.graphs.compressor import build_compressor
 from sfexport.graphs.decoder import build_decoder
 from sfexport.graphs.initializers import Packed, Weights

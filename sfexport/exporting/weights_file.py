@@ -19,7 +19,7 @@ import numpy as np
 from sfexport.checkpoint.checkpoint import DTYPE_BYTES, NO_NUMBERS, Tensor
 from sfexport.checkpoint.gptq_awq import CENTRE
 from sfexport.errors import CheckpointError
-from sfexport.export.rounding import (
+from sfexport.exporting.rounding import (
     ARRAYS,
     NOT_FINITE,
     decode,
@@ -29,7 +29,7 @@ from sfexport.export.rounding import (
     round_to_int4,
     round_to_int8,
 )
-from sfexport.export.weights_layout import INTEGER, ROUNDED, Item, WeightsPlan
+from sfexport.exporting.weights_layout import INTEGER, ROUNDED, Item, WeightsPlan
 from sfexport.graphs.initializers import Rows
 
 _COPY_BYTES = 8 << 20

@@ -13,9 +13,9 @@ import numpy as np
 
 from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.checkpoint.image_processor import ImageProcessorConfig
+from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
+from sfexport.comparing.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
-from sfexport.parity.compare import Comparison, Tolerance, compare, worst
-from sfexport.parity.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 from sfexport.video.preprocessing import preprocess

@@ -12,7 +12,7 @@ from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE
 from sfexport.artifacts.ownership import check_output
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.errors import InputError
-from sfexport.export.export import ExportOptions, export
+from sfexport.exporting.export import ExportOptions, export
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sfexport import console
-from sfexport.parity.compare import Comparison
-from sfexport.parity.run import ParityReport
+from sfexport.comparing.compare import Comparison
+from sfexport.comparing.run import ParityReport
 
 
 def show(report: ParityReport) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Tensor, read_shard
-from sfexport.export.rounding import dequantize, unpack_int4
-from sfexport.export.weights_layout import FILE
+from sfexport.exporting.rounding import dequantize, unpack_int4
+from sfexport.exporting.weights_layout import FILE
 
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):\d+\]")
 

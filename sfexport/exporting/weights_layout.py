@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sfexport.checkpoint.checkpoint import DTYPE_BYTES, Checkpoint, Shard, Tensor
 from sfexport.checkpoint.gptq_awq import DECODER_LINEAR, Taken
-from sfexport.export.rounding import block_for
+from sfexport.exporting.rounding import block_for
 from sfexport.graphs.initializers import Packed, Rows, even_parts, head_name, part_name
 
 FILE = "weights.safetensors"
