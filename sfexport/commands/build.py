@@ -93,7 +93,7 @@ def build(
     named = directory_name(source) if output is None else output.name or directory_name(output)
     beside = (Path() if output is None else output.parent) / f"{named}-bundle"
     output = output or Path(f"{directory_name(source)}-engines") / engine_name(backend, target)
-    bundle = bundle_from(source, beside, output, wanted, report=console.step)
+    bundle = bundle_from(source, beside, output, wanted, on_step=console.step)
     with console.build_progress() as on_progress:
         engines = build(bundle, output, backend, console.step, force, options, on_progress)
     if as_json:

@@ -6,7 +6,6 @@ each side's from its own pixels to its own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
 from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
 from sfexport.exporting.dequantize import rounded_matrices
+from sfexport.progress import OnStep, no_step
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.session import VideoSession
 from sfexport.values import whole_number
 
-Report = Callable[[str], None]
 DEFAULT_QUESTION = "What happens in the video?"
 
 
@@ -95,7 +94,7 @@ def run_parity(
     frames: int | None = None,
     max_new_tokens: int = 16,
     tolerance: Tolerance | None = None,
-    report: Report = lambda line: None,
+    on_step: OnStep = no_step,
 ) -> ParityReport:
     """Compare the engines of `pipeline` with the PyTorch model of the checkpoint they came from.
 
@@ -113,26 +112,26 @@ def run_parity(
     whole_number(max_new_tokens, "--max-new-tokens")
     pixels, rows = _pixels(pipeline, video, frames)
     pipeline.check_question(question, len(rows))
-    report("loading the PyTorch model")
+    on_step("loading the PyTorch model")
     original = pipeline.bundle.original_checkpoint
     source = original or pipeline.bundle.checkpoint_path
     oracle = TorchBackend(source)
     engine = pipeline.backend
     single = len(rows) == 1
-    report(f"vision encoder on {len(pixels)} frames")
+    on_step(f"vision encoder on {len(pixels)} frames")
     encoded = [encode_chunks(backend, pixels, single) for backend in (engine, oracle)]
     comparisons = [compare("vision_encoder", "slow_tokens", *encoded, tolerance)]
     engine_slow, slow = (tokens[rows] for tokens in encoded)
-    report("compressor")
+    on_step("compressor")
     fast, key_values, found = _compare_compressor(engine, oracle, slow, tolerance)
     comparisons += found
     rounding = None
     if pipeline.bundle.quantization and engine.name != oracle.name:
-        report("rounding PyTorch's weights as the engines'")
+        on_step("rounding PyTorch's weights as the engines'")
         rounding = _round(pipeline, oracle, fast, key_values, question, tolerance)
-    report("decoder")
+    on_step("decoder")
     comparisons += _compare_decoder(pipeline, oracle, fast, key_values, question, max_new_tokens, tolerance)
-    report("answers")
+    on_step("answers")
     recorded = _Recorded(oracle)
     sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (recorded, slow))]
     answers = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,13 @@ from sfexport.artifacts.manifest_fields import AGAIN
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.engines.interface import Backend
 from sfexport.errors import BundleError, InputError, SfexportError
+from sfexport.progress import OnProgress, OnStep, no_progress, no_step
 from sfexport.values import as_output, one_of
 
 if TYPE_CHECKING:
     from sfexport.engines.tensorrt.build import TensorRTOptions
 
 BACKENDS = ("onnxruntime", "tensorrt", "torch")
-Report = Callable[[str], None]
-OnProgress = Callable[[str, int, int], None]
 
 
 def choose_backend(name: str) -> str:
@@ -98,10 +96,10 @@ def build(
     bundle: Bundle,
     out: Path,
     backend: str = "auto",
-    report: Report = lambda line: None,
+    on_step: OnStep = no_step,
     force: bool = False,
     tensorrt: TensorRTOptions | None = None,
-    on_progress: OnProgress = lambda phase, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Engines:
     """Write an engine directory; it appears whole or not at all.
 
@@ -123,9 +121,9 @@ def build(
     with new_directory(out, ENGINE_FILE) as directory:
         _check_graphs(bundle)
         if backend == "tensorrt":
-            about = _build_tensorrt(bundle, directory, report, force, tensorrt, on_progress)
+            about = _build_tensorrt(bundle, directory, on_step, force, tensorrt, on_progress)
         else:
-            about = _build_on_cpu(bundle, directory, backend, report, force)
+            about = _build_on_cpu(bundle, directory, backend, on_step, force)
         content = {
             "backend": backend,
             "machine": platform.machine(),
@@ -161,17 +159,17 @@ def _check_graphs(bundle: Bundle) -> None:
 def _build_tensorrt(
     bundle: Bundle,
     directory: Path,
-    report: Report,
+    on_step: OnStep,
     force: bool,
     options: TensorRTOptions | None,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     from sfexport.engines.tensorrt.build import TensorRTOptions, build_tensorrt
 
-    return build_tensorrt(bundle, directory, options or TensorRTOptions(), report, on_progress, force)
+    return build_tensorrt(bundle, directory, options or TensorRTOptions(), on_step, on_progress, force)
 
 
-def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report, force: bool) -> dict[str, Any]:
+def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, on_step: OnStep, force: bool) -> dict[str, Any]:
     from sfexport.engines.memory import check_weights_fit
     from sfexport.engines.weight_check import check_weights
 
@@ -181,17 +179,17 @@ def _build_on_cpu(bundle: Bundle, directory: Path, backend: str, report: Report,
         check_precision(bundle.precision)
     if not force:
         check_weights_fit(bundle, backend)
-    weights_read = check_weights(bundle, report)
+    weights_read = check_weights(bundle, on_step)
     if backend == "onnxruntime":
-        _build_onnxruntime(bundle, directory, report)
+        _build_onnxruntime(bundle, directory, on_step)
     return {"target": "cpu", "weights_read": weights_read}
 
 
-def _build_onnxruntime(bundle: Bundle, directory: Path, report: Report) -> None:
+def _build_onnxruntime(bundle: Bundle, directory: Path, on_step: OnStep) -> None:
     from sfexport.engines.onnxruntime_backend import open_session
 
     for name in GRAPHS:
-        report(f"loading {name} in ONNX Runtime")
+        on_step(f"loading {name} in ONNX Runtime")
         session = open_session(bundle.graph_file(name), bundle.weights_directory)
         _check_inputs(bundle, name, [i.name for i in session.get_inputs()])
         shutil.copyfile(bundle.graph_file(name), directory / f"{name}.onnx")

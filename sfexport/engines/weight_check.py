@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +24,7 @@ from sfexport.engines.external_data import stored_tensors
 from sfexport.errors import BundleError, CheckpointError
 from sfexport.exporting.rounding import NOT_FINITE
 from sfexport.printable import size_text
+from sfexport.progress import OnStep, no_step
 
 _CHUNK_BYTES = 8 << 20
 _WAITING = 8  # chunks that are read and not yet checked
@@ -44,7 +45,7 @@ class _Span:
     dtype: str | None = None
 
 
-def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def check_weights(bundle: Bundle, on_step: OnStep = no_step) -> dict[str, Any]:
     """Read every weight file from end to end; for the engines' manifest: name -> sha256, and the time of the file.
 
     Raises:
@@ -58,7 +59,7 @@ def check_weights(bundle: Bundle, report: Callable[[str], None] = lambda line: N
             tensors[file][span.offset] = span
     total = sum(bundle.weight_sizes.values())
     if total > _WORTH_REPORTING:
-        report(f"checking {size_text(total)} of weights")
+        on_step(f"checking {size_text(total)} of weights")
     found = {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for name, spans in tensors.items():

@@ -37,6 +37,7 @@ from sfexport.graphs.decoder import build_decoder
 from sfexport.graphs.initializers import Packed, Weights
 from sfexport.graphs.vision_encoder import build_vision_encoder
 from sfexport.printable import size_text, sizes_text
+from sfexport.progress import OnStep, no_step
 from sfexport.values import as_output, one_of, whole_number
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -139,13 +140,11 @@ def build_graphs(
     }
 
 
-def export(
-    checkpoint: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None] = lambda line: None
-) -> Bundle:
+def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_step: OnStep = no_step) -> Bundle:
     """Write a bundle; it appears whole or not at all.
 
     Args:
-        report: takes one line per step.
+        on_step: takes one line per step.
 
     Raises:
         CheckpointError: a missing or misshapen tensor, an unusable configuration, a weight that cannot be rounded.
@@ -158,15 +157,15 @@ def export(
     _refuse_replacing_weights(checkpoint, out, options)
     with new_directory(out, BUNDLE_FILE) as directory:
         for note in checkpoint.notes():
-            report(note)
+            on_step(note)
         for file in checkpoint.side_files():
             shutil.copyfile(file, directory / file.name)
         if has_tokenizer(checkpoint.path):
             marked = bool(checkpoint.raw_config.get("mm_use_im_start_end"))
             write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked, checkpoint.config.text.vocab_size)
-        source = _source(checkpoint, taken, directory, options, report)
+        source = _source(checkpoint, taken, directory, options, on_step)
         for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
-            report(f"writing {name}.onnx")
+            on_step(f"writing {name}.onnx")
             ir.save(build(), directory / f"{name}.onnx")
             _check_graph(directory / f"{name}.onnx", checked_by_path=source.in_bundle)
         _write_manifest(checkpoint, source, directory, out, options)
@@ -185,12 +184,12 @@ def _source(
     taken: Mapping[str, Taken],
     directory: Path,
     options: ExportOptions,
-    report: Callable[[str], None],
+    on_step: OnStep,
 ) -> Source:
     if options.quantize is not None or taken:
-        return _quantize_weights(checkpoint, taken, directory, options, report)
+        return _quantize_weights(checkpoint, taken, directory, options, on_step)
     if _copies_weights(checkpoint, options):
-        return Source.of(_copy_weights(checkpoint, directory, report), in_bundle=True)
+        return Source.of(_copy_weights(checkpoint, directory, on_step), in_bundle=True)
     return Source.of(checkpoint)
 
 
@@ -199,7 +198,7 @@ def _quantize_weights(
     taken: Mapping[str, Taken],
     directory: Path,
     options: ExportOptions,
-    report: Callable[[str], None],
+    on_step: OnStep,
 ) -> Source:
     """Where nothing is asked for, what the checkpoint has in 4 bits is taken over and nothing else is rounded."""
     options.check_own_weights()
@@ -207,12 +206,12 @@ def _quantize_weights(
     scale_type, rounds = SCALE_TYPES[options.precision], options.quantize is not None
     plan = plan_weights(checkpoint, directory, scale_type, head, options.split_lm_head, taken, rounds)
     _check_disk(directory, plan.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
-    report(f"writing {plan.shard().name} ({size_text(plan.size)})")
+    on_step(f"writing {plan.shard().name} ({size_text(plan.size)})")
     method = next((matrix.method for matrix in taken.values()), options.quantize)
-    about = {"method": method, "lm_head": head, **write_weights(plan, report)}
-    report(summary(about))
+    about = {"method": method, "lm_head": head, **write_weights(plan, on_step)}
+    on_step(summary(about))
     if any(packed.zeros for packed in plan.packed().values()):
-        report("warning: TensorRT takes no zero points; with --quantize int4 these weights are rounded again without.")
+        on_step("warning: TensorRT takes no zero points; with --quantize int4 these weights are rounded again without.")
     return Source(plan.tensors(), (plan.shard(),), True, False, plan.packed(), about)
 
 
@@ -238,11 +237,11 @@ def _copies_weights(checkpoint: Checkpoint, options: ExportOptions) -> bool:
     return copies
 
 
-def _copy_weights(checkpoint: Checkpoint, directory: Path, report: Callable[[str], None]) -> Checkpoint:
+def _copy_weights(checkpoint: Checkpoint, directory: Path, on_step: OnStep) -> Checkpoint:
     size = sum(shard.size for shard in checkpoint.shards)
     _check_disk(directory, size, "Copying the weights takes", "Free some space, or use --weights reference.")
     for shard in checkpoint.shards:
-        report(f"copying {shard.name} ({size_text(shard.size)})")
+        on_step(f"copying {shard.name} ({size_text(shard.size)})")
         shutil.copyfile(shard.path, directory / shard.name)
     if checkpoint.weight_files is not None and checkpoint.weight_files.indexed:
         shutil.copyfile(checkpoint.path / INDEX_FILE, directory / INDEX_FILE)

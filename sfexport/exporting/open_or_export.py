@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sfexport.artifacts.ownership import check_output
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.errors import InputError
 from sfexport.exporting.export import ExportOptions, export
+from sfexport.progress import OnStep, no_step
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def bundle_from(
     output: Path | None,
     wanted: Wanted,
     ours: str = ENGINE_FILE,
-    report: Callable[[str], None] = lambda line: None,
+    on_step: OnStep = no_step,
 ) -> Bundle:
     """The bundle at `source`, or the checkpoint there exported to `beside`.
 
@@ -60,7 +60,7 @@ def bundle_from(
     checkpoint = Checkpoint.open(source)
     if output is not None:
         check_output(output, ours)
-    return export(checkpoint, beside, wanted.options(checkpoint), report)
+    return export(checkpoint, beside, wanted.options(checkpoint), on_step)
 
 
 def _check_agrees(bundle: Bundle, wanted: Wanted) -> None:

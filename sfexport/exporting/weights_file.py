@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from sfexport.exporting.rounding import (
 )
 from sfexport.exporting.weights_layout import INTEGER, ROUNDED, Item, WeightsPlan
 from sfexport.graphs.initializers import Rows
+from sfexport.progress import OnStep, no_step
 
 _COPY_BYTES = 8 << 20
 # Rounded weights kept before they are written: the whole of every matrix in a 7B model's layers.
@@ -51,7 +51,7 @@ class _Tile:
     sums: tuple[float, float, float]
 
 
-def write_weights(plan: WeightsPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def write_weights(plan: WeightsPlan, on_step: OnStep = no_step) -> dict[str, Any]:
     """Write the planned file; what rounding did, for a manifest (see _describe).
 
     Raises:
@@ -74,7 +74,7 @@ def write_weights(plan: WeightsPlan, report: Callable[[str], None] = lambda line
                 raise CheckpointError(problem, NO_NUMBERS) from None
             before, done = done, done + (item.weights if sums[item] is not None else 0)
             if total > _WORTH_REPORTING and 10 * done // total > 10 * before // total:
-                report(f"rounding weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} million")
+                on_step(f"rounding weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} million")
     return _describe({item: found for item, found in sums.items() if found is not None})
 
 

@@ -102,7 +102,7 @@ def find(version: str) -> Environment | None:
     return _environment(version) if all(stamp.is_file() for stamp in complete) else None
 
 
-def make(version: str, report: Callable[[str], None] = lambda line: None) -> Environment:
+def make(version: str, on_step: Callable[[str], None] = lambda line: None) -> Environment:
     """Find an environment, or install it (needs a network).
 
     Raises:
@@ -110,13 +110,13 @@ def make(version: str, report: Callable[[str], None] = lambda line: None) -> Env
     """
     folder, wheels = cache() / version, WHEELS[version]
     if not _stamp(folder, *_packages(wheels)).is_file():
-        report(f"installing {wheels.bindings}")
+        on_step(f"installing {wheels.bindings}")
         _call([sys.executable, "-m", "venv", "--clear", str(folder)])
         _install(_python(folder), *_packages(wheels))
         _stamp(folder, *_packages(wheels)).touch()
     lean = _lean_folder(wheels)
     if not _stamp(lean, wheels.lean).is_file():
-        report(f"installing {wheels.lean}")
+        on_step(f"installing {wheels.lean}")
         _install(_python(folder), "--target", str(lean), "--no-deps", "--upgrade", wheels.lean)
         _stamp(lean, wheels.lean).touch()
     return _environment(version)

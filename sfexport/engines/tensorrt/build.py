@@ -5,7 +5,6 @@ TensorRT itself is driven in sfexport/engines/tensorrt/builder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -17,7 +16,7 @@ from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.engines.memory import MemoryPlan, plan_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
-from sfexport.engines.tensorrt.builder import BuildOptions, OnProgress, build_engine, timing_cache_file
+from sfexport.engines.tensorrt.builder import BuildOptions, build_engine, timing_cache_file
 from sfexport.engines.tensorrt.library import check_driver, library
 from sfexport.engines.tensorrt.plugin import choose_plugin, register_plugins
 from sfexport.engines.tensorrt.plugin_operations import KernelSource
@@ -29,10 +28,9 @@ from sfexport.kernels.store import StoredKernels, save_kernels
 from sfexport.machines.machine import Gpu, Machine, look
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.printable import sizes_text
+from sfexport.progress import OnProgress, OnStep
 from sfexport.values import whole_number
 from sfexport.versions import maps_weights
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def build_tensorrt(
     bundle: Bundle,
     directory: Path,
     options: TensorRTOptions,
-    report: Report,
+    on_step: OnStep,
     on_progress: OnProgress,
     force: bool,
 ) -> dict[str, Any]:
@@ -90,15 +88,15 @@ def build_tensorrt(
     profiles = resolve_profiles(bundle, limits)
     if not force:
         check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
-    weights_read = check_weights(bundle, report)
-    kind, kernels = _prepare_plugin(trt, bundle, gpu, options, report)
+    weights_read = check_weights(bundle, on_step)
+    kind, kernels = _prepare_plugin(trt, bundle, gpu, options, on_step)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
     for name in GRAPHS:
-        report(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
+        on_step(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
         graph = _graph_to_build(bundle, name, kind, gpu, directory)
         file = directory / f"{name}.engine"
-        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, report)
+        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
         if graph.parent == directory:
             graph.unlink()
     if kind == "python":
@@ -180,7 +178,7 @@ def memory_needs(
 
 
 def _prepare_plugin(
-    trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, report: Report
+    trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, on_step: OnStep
 ) -> tuple[str | None, tuple[Kernel, ...]]:
     """Register the plugins; their kind and kernels, or None where the graph's own nodes must do.
 
@@ -200,7 +198,7 @@ def _prepare_plugin(
     except (MissingDependency, InputError) as error:
         if isinstance(error, InputError) and options.kernels is not None:
             raise
-        report(
+        on_step(
             f"warning: building without the cross-attention plugin. {error} Answers are the same, but slower and with "
             f"more memory: plain nodes keep the scores of all positions and slow tokens. {error.hint}"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from sfexport.artifacts.atomic import write_bytes
 from sfexport.engines.profiles import Profile
 from sfexport.engines.tensorrt.library import Log, make_logger
 from sfexport.errors import SfexportError
+from sfexport.progress import OnProgress, no_progress
 
 SINCE = {
     "OnnxParser.load_model_proto": "10.13",
@@ -28,7 +29,6 @@ SINCE = {
     "OnnxParser.parse_model_proto": "10.13",
     "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": "10.9",
 }
-OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def build_engine(
     out: Path,
     profiles: Sequence[Profile],
     options: BuildOptions,
-    on_progress: OnProgress = lambda phase, done, total: None,
+    on_progress: OnProgress = no_progress,
     say: Log = lambda line: None,
 ) -> None:
     """Write the serialised engine of `graph`, whose external data lies in `weights_directory`, to `out`.

@@ -6,7 +6,7 @@ shapes; memory. Needs no GPU and no TensorRT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
 from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
 
 KIT_FILE = "check.json"
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
