@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import math
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn_clip import write_clip
-from helpers import assert_says
+from helpers import assert_says, document
+from helpers import sfexport as run_command
 from PIL import Image, ImageSequence
 
 import sfexport
@@ -425,3 +427,58 @@ def test_a_folder_and_a_url_are_answered_about_as_the_file(model: Pipeline, fold
     with pytest.raises(InputError, match="rate"):
         model.encode(tmp_path, sampling="eval")
     assert model.encode(tmp_path, sampling="eval", fps=2, frames=4).frames == 4
+
+
+# Every verb as a function.
+
+
+def test_a_model_goes_the_whole_way_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export, build, load, ask and parity, with default places, and no Click."""
+    code = f"""
+import sys
+import sfexport
+steps = []
+bundle = sfexport.export({str(SHIPPED)!r}, on_step=steps.append)
+engines = sfexport.build(bundle.path, backend="onnxruntime", on_step=steps.append)
+answer = sfexport.load(engines.path).encode({str(tmp_path / "clip.mp4")!r}).ask({DETAIL.text!r}).answer
+document = sfexport.inspect(str(engines.path))
+assert "click" not in sys.modules
+print([bundle.path.name, str(engines.path), answer, document["kind"], len(steps)])
+"""
+    write_frames(tmp_path / "clip.mp4", video_frames(*CLIP), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
+    monkeypatch.chdir(tmp_path)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    bundle, engines, answer, kind, steps = ast.literal_eval(run.stdout)
+    assert (bundle, answer, kind) == ("model-bundle", DETAIL.answer, "engines")
+    assert engines.startswith("model-bundle-engines/cpu-onnxruntime-")
+    assert steps >= 7
+
+
+def test_parity_takes_a_directory_or_a_loaded_model(folder: Path, model: Pipeline) -> None:
+    pytest.importorskip("torch")
+    reports = [sfexport.parity(which, folder / "demo.mp4", max_new_tokens=2) for which in (folder / "engines", model)]
+    assert all(report.passed for report in reports)
+    assert reports[0].to_json() == reports[1].to_json()
+    assert not sfexport.parity(model, max_new_tokens=1, atol=0.0, rtol=0.0).passed
+
+
+def test_plan_and_diagnose_return_what_their_commands_print() -> None:
+    planned = sfexport.plan(SHIPPED, "jetson-orin-agx-64", frames=32).to_json()
+    printed = document(run_command("plan", SHIPPED, "--target", "jetson-orin-agx-64", "--frames", 32, "--json"))
+    assert json.loads(json.dumps(planned)) == printed
+    printed = run_command("doctor", "--target", "h100", "--json")
+    assert json.loads(json.dumps(sfexport.diagnose("h100").to_json())) == json.loads(printed.stdout)
+
+
+def test_a_check_without_a_target_is_refused() -> None:
+    with pytest.raises(InputError, match="target"):
+        sfexport.check_build(SHIPPED, target=None)
+
+
+def test_help_shows_the_functions() -> None:
+    page = pydoc.render_doc(sfexport, renderer=pydoc.plaintext)
+    for name in ("build", "check_build", "diagnose", "export", "inspect", "load", "parity", "plan"):
+        assert f"\n    {name}(" in page
+    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
+        _ = sfexport.exprot

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, MODES, json_option, with_examples
 
@@ -63,9 +64,7 @@ def ask(
 
     VIDEO is a file (a clip or a picture), a folder of pictures that are its frames, or - for a file on standard input.
     """
-    from sfexport.qa.pipeline import Pipeline
-
-    pipeline = Pipeline.load(engines)
+    pipeline = sfexport.load(engines)
     options = pipeline.generation_options().override(**generation)
     stops = {pipeline.tokenizer.token_id(text) for text in stop}
     options = options.override(stop_ids=options.stop_ids | stops)
@@ -79,7 +78,15 @@ def ask(
         if not as_json:
             console.say(err=False)
     if as_json:
-        head = {"video": video, "engines": str(engines), "backend": pipeline.backend.name}
-        head |= {"mode": mode or pipeline.bundle.config.slow_fast.decode_mode, "frames": session.frames}
-        head |= {"fast_tokens": session.fast_tokens, "slow_tokens": session.slow_tokens}
-        console.document(head | {"questions": [asdict(answer) for answer in answers]})
+        console.document(
+            {
+                "video": video,
+                "engines": str(engines),
+                "backend": pipeline.backend.name,
+                "mode": mode or pipeline.bundle.config.slow_fast.decode_mode,
+                "frames": session.frames,
+                "fast_tokens": session.fast_tokens,
+                "slow_tokens": session.slow_tokens,
+                "questions": [asdict(answer) for answer in answers],
+            }
+        )

@@ -20,8 +20,3 @@ def with_examples(*examples: str) -> Callable[[click.Command], click.Command]:
         return command
 
     return attach
-
-
-def directory_name(path: Path) -> str:
-    """What a directory is called, also where it was given as '.'."""
-    return path.resolve().name

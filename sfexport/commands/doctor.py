@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+import sfexport
 from sfexport import console
 from sfexport.commands.common import json_option, with_examples
 
@@ -19,11 +20,9 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     Exits with 0 if TensorRT engines (with --target: for that machine) can be built here, with 1 if not. Without
     --target and without an NVIDIA GPU, ONNX Runtime is enough for 0.
     """
-    from sfexport.doctor.report import examine, show
-    from sfexport.machines.machine import look
-    from sfexport.machines.targets import find_target
+    from sfexport.doctor.report import show
 
-    report = examine(look(), find_target(target) if target is not None else None)
+    report = sfexport.diagnose(target)
     if as_json:
         console.document(report.to_json())
     else:

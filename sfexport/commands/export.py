@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+import sfexport
 from sfexport import console
-from sfexport.commands.common import DIRECTORY, directory_name, json_option, with_examples
+from sfexport.commands.common import DIRECTORY, json_option, with_examples
 
 
 @with_examples(
@@ -62,16 +63,11 @@ def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any)
 
     With --quantize the weights are read, rounded and written as they stream by: minutes for a large model.
     """
-    from sfexport.artifacts.inspect import inspect
-    from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.exporting.export import ExportOptions, export
-
-    output = output or Path(f"{directory_name(checkpoint)}-bundle")
-    bundle = export(Checkpoint.open(checkpoint), output, ExportOptions(**options), console.step)
+    bundle = sfexport.export(checkpoint, output, on_step=console.step, **options)
     if as_json:
-        console.document(inspect(bundle.path))
+        console.document(sfexport.inspect(bundle.path))
         return
     how = bundle.content["options"]["weights"]
     where = "copied into it" if how == "copy" else f"left in {bundle.weights_directory}"
-    console.say(f"bundle written to {output} (weights {where})", err=False)
-    console.say(f"next: sfexport build {output}", err=False)
+    console.say(f"bundle written to {bundle.path} (weights {where})", err=False)
+    console.say(f"next: sfexport build {bundle.path}", err=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
 
@@ -16,9 +17,9 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what is in a checkpoint, bundle or engine directory: config, inputs and outputs, sizes, versions."""
-    from sfexport.artifacts.inspect import graph_rows, inspect, rows
+    from sfexport.artifacts.inspect import graph_rows, rows
 
-    document = inspect(path)
+    document = sfexport.inspect(path)
     if as_json:
         console.document(document)
         return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
 
@@ -25,14 +27,11 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @click.pass_context
 def parity(
     ctx: click.Context,
+    /,
     engines: Path,
     video: str | None,
-    question: str,
-    frames: int | None,
-    max_new_tokens: int,
-    atol: float | None,
-    rtol: float | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
 
@@ -40,12 +39,8 @@ def parity(
     token that PyTorch holds for as likely within the tolerance: a tie, shown as such.
     """
     from sfexport.comparing.report import show
-    from sfexport.comparing.run import run_parity, tolerance_for
-    from sfexport.qa.pipeline import Pipeline
 
-    pipeline = Pipeline.load(engines)
-    tolerance = tolerance_for(pipeline, atol, rtol)
-    report = run_parity(pipeline, video, question, frames, max_new_tokens, tolerance, console.step)
+    report = sfexport.parity(engines, video, on_step=console.step, **options)
     if as_json:
         console.document(report.to_json())
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
 
@@ -21,10 +22,9 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @json_option
 def plan(checkpoint: Path, target: str | None, jetpack: str | None, frames: int | None, as_json: bool) -> None:
     """Compute what a CHECKPOINT takes on a target, before anyone waits for a build: memory and speed."""
-    from sfexport.planning.plan import plan
     from sfexport.planning.report import show
 
-    found = plan(checkpoint, target, frames, jetpack)
+    found = sfexport.plan(checkpoint, target, frames=frames, jetpack=jetpack)
     if as_json:
         console.document(found.to_json())
     else:

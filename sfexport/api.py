@@ -1,0 +1,326 @@
+"""The public functions: what the verbs of the command line call, for Python programs.
+
+Each is available as `sfexport.<name>` and imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfexport.progress import OnProgress, OnStep, no_progress, no_step
+from sfexport.values import as_output, as_path
+
+if TYPE_CHECKING:
+    from sfexport.artifacts.manifest import Bundle, Engines
+    from sfexport.comparing.run import ParityReport
+    from sfexport.doctor.report import Report
+    from sfexport.engines.tensorrt.build import TensorRTOptions
+    from sfexport.engines.tensorrt.preflight import Readiness
+    from sfexport.exporting.open_or_export import Wanted
+    from sfexport.planning.plan import Plan
+    from sfexport.qa.pipeline import Pipeline
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    frames: int | None = None,
+    weights: str = "auto",
+    precision: str = "fp32",
+    quantize: str | None = None,
+    lm_head: str | None = None,
+    split_lm_head: int = 1,
+    digest: str = "sampled",
+    on_step: OnStep = no_step,
+) -> Bundle:
+    """Write a checkpoint's three graphs, tokenizer and manifest as a bundle; it appears whole or not at all.
+
+    Args:
+        checkpoint: directory of a Slow-Fast checkpoint: config.json, tokenizer, safetensors.
+        output: directory to write; default ./<checkpoint name>-bundle. Only an earlier bundle is replaced.
+        frames: frames sampled from a video by default; default the checkpoint's number, else 64.
+        weights: 'reference' points into the checkpoint's shards, 'copy' takes them along, 'auto' copies up to 64 MB.
+        precision: 'fp32', 'fp16' or 'bf16': the type the graphs compute in.
+        quantize: 'int4' rounds the decoder's weights to 4 bits; the bundle then holds all weights itself.
+        lm_head: 'int8' (the default) or 'fp16': the language-model head of a quantized bundle.
+        split_lm_head: number of pieces the language-model head is computed in.
+        digest: 'sampled' or 'full': how much of referenced weights the manifest keeps digests of.
+        on_step: called with one line of text per step.
+
+    Raises:
+        CheckpointError: a tensor is missing or misshapen, or the configuration cannot be exported.
+        InputError: an option has no meaning, the output cannot be written, or the disk is too small.
+    """
+    from sfexport.checkpoint.checkpoint import Checkpoint
+    from sfexport.exporting.export import ExportOptions
+    from sfexport.exporting.export import export as export_checkpoint
+
+    checkpoint = as_path(checkpoint, "The checkpoint")
+    output = Path(f"{_directory_name(checkpoint)}-bundle") if output is None else as_output(output)
+    opened = Checkpoint.open(checkpoint)
+    options = ExportOptions(frames, weights, precision, quantize, lm_head, split_lm_head, digest)
+    return export_checkpoint(opened, output, options, on_step)
+
+
+def build(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    target: str | None = None,
+    jetpack: str | None = None,
+    precision: str = "auto",
+    quantize: str | None = None,
+    frames: int | None = None,
+    max_question_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    kernels: str | Path | None = None,
+    optimization_level: int | None = None,
+    force: bool = False,
+    on_step: OnStep = no_step,
+    on_progress: OnProgress = no_progress,
+) -> Engines:
+    """Build engines from a bundle, or from a checkpoint, which is exported to a bundle beside them first.
+
+    Args:
+        source: directory of a bundle or a checkpoint.
+        output: directory to write; default ./<source name>-engines/<target>-<runtime>. Only earlier engines are
+            replaced.
+        backend: 'onnxruntime', 'tensorrt', 'torch', or 'auto': TensorRT where it is installed beside a GPU.
+        target: name of the machine that TensorRT engines are for; default this one.
+        jetpack: the target's JetPack version; default the target's.
+        precision: 'fp32', 'fp16', 'bf16' or 'auto', for a checkpoint; 'auto' is the weights' 16-bit type for
+            TensorRT (fp16 for fp32 weights) and fp32 elsewhere.
+        quantize: 'int4', for a checkpoint: round the decoder's weights to 4 bits.
+        frames: largest number of frames of a video (TensorRT); default the bundle's.
+        max_question_tokens: largest number of text tokens of a prompt (TensorRT); default 512.
+        max_new_tokens: largest number of tokens of an answer (TensorRT); default 256.
+        kernels: directory of compiled kernels that `check_build` wrote (TensorRT without Triton).
+        optimization_level: TensorRT's, 0 (builds fastest) to 5 (runs fastest); default TensorRT's own.
+        force: build even if the weights do not seem to fit into memory.
+        on_step: called with one line of text per step.
+        on_progress: called with a TensorRT phase, its steps done and its steps in all.
+
+    Raises:
+        MissingDependency: the backend's library is not installed.
+        CheckpointError, BundleError: the source is incomplete or damaged, or a weight is not finite.
+        InputError: an option has no meaning, the bundle differs from what is asked for, or the output is taken.
+        SfexportError: the runtime refuses a graph, the weights do not fit into memory, or there is no GPU.
+    """
+    from sfexport.engines.build import build as build_engines
+    from sfexport.engines.build import check_backend, choose_backend, engine_name
+    from sfexport.exporting.open_or_export import bundle_from
+
+    source = as_path(source, "The source")
+    options = _tensorrt_options(
+        target, jetpack, frames, max_question_tokens, max_new_tokens, kernels, optimization_level
+    )
+    backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
+    check_backend(backend, precision, options)
+    if output is None:
+        beside = Path(f"{_directory_name(source)}-bundle")
+        output = Path(f"{_directory_name(source)}-engines") / engine_name(backend, target)
+    else:
+        output = as_output(output)
+        # A place without a name of its own ('.', '/') is refused once it is looked at.
+        beside = output.parent / f"{output.name or _directory_name(output)}-bundle"
+    request = _export_request(backend, options, precision, quantize)
+    bundle = bundle_from(source, beside, output, request, on_step=on_step)
+    return build_engines(bundle, output, backend, on_step, force, options, on_progress)
+
+
+def check_build(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    target: str | None,
+    jetpack: str | None = None,
+    precision: str = "auto",
+    quantize: str | None = None,
+    frames: int | None = None,
+    max_question_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    kernels: str | Path | None = None,
+    optimization_level: int | None = None,
+    on_step: OnStep = no_step,
+) -> Readiness:
+    """Check a TensorRT build for a target on any machine: nodes, types, kernels, shapes and memory.
+
+    Args:
+        output: directory to write for the target: compiled kernels, build script, README; default: none is written.
+        target: name of the machine that the engines are for.
+
+    The other arguments are those of `build`.
+
+    Raises:
+        CheckpointError, BundleError: the source is incomplete or damaged.
+        InputError: an option has no meaning, or the output is taken.
+    """
+    from tempfile import TemporaryDirectory
+
+    from sfexport.engines.tensorrt.preflight import KIT_FILE, write_kit
+    from sfexport.engines.tensorrt.preflight import check_build as check_bundle
+    from sfexport.errors import InputError
+    from sfexport.exporting.open_or_export import bundle_from
+
+    source = as_path(source, "The source")
+    output = None if output is None else as_output(output)
+    options = _tensorrt_options(
+        target, jetpack, frames, max_question_tokens, max_new_tokens, kernels, optimization_level
+    )
+    if options.target is None:
+        raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
+    request = _export_request("tensorrt", options, precision, quantize)
+    with TemporaryDirectory() as folder:
+        bundle = bundle_from(source, Path(folder) / "bundle", output, request, KIT_FILE, on_step)
+        found = check_bundle(bundle, options.target, options)
+    if output is not None:
+        write_kit(found, output)
+    return found
+
+
+def load(engines: str | Path) -> Pipeline:
+    """Open engines to ask about videos: `load("engines").encode("clip.mp4").ask("What happens?").answer`.
+
+    Args:
+        engines: directory that `build` wrote.
+
+    Raises:
+        BundleError: the directory is not usable here, or was built for another runtime, version or GPU.
+        MissingDependency: the engines' runtime is not installed.
+    """
+    from sfexport.qa.pipeline import Pipeline
+
+    return Pipeline.load(engines)
+
+
+def parity(
+    engines: str | Path | Pipeline,
+    video: str | Path | None = None,
+    *,
+    question: str | None = None,
+    frames: int | None = None,
+    max_new_tokens: int = 16,
+    atol: float | None = None,
+    rtol: float | None = None,
+    on_step: OnStep = no_step,
+) -> ParityReport:
+    """Compare engines with PyTorch, graph by graph and answer by answer.
+
+    Args:
+        engines: directory that `build` wrote, or what `load` returned.
+        video: clip or picture to compare on; default frames of noise.
+        question: default "What happens in the video?".
+        frames: frames sampled from the video; default the bundle's number.
+        max_new_tokens: tokens per answer.
+        atol: absolute tolerance; default by precision, 1e-4 in fp32.
+        rtol: tolerance relative to the largest PyTorch value; default by precision, 1e-4 in fp32.
+        on_step: called with one line of text per step.
+
+    Raises:
+        MissingDependency: torch or transformers is not installed.
+        BundleError: the engines or the checkpoint they came from are not usable here.
+        InputError, VideoError: an option has no meaning, or the video cannot be read.
+    """
+    from sfexport.comparing.run import DEFAULT_QUESTION, run_parity, tolerance_for
+    from sfexport.qa.pipeline import Pipeline
+
+    pipeline = engines if isinstance(engines, Pipeline) else Pipeline.load(engines)
+    tolerance = tolerance_for(pipeline, atol, rtol)
+    question = DEFAULT_QUESTION if question is None else question
+    return run_parity(pipeline, video, question, frames, max_new_tokens, tolerance, on_step)
+
+
+def plan(
+    checkpoint: str | Path, target: str | None = None, *, frames: int | None = None, jetpack: str | None = None
+) -> Plan:
+    """Compute the memory and speed of a checkpoint on a target, without building anything.
+
+    Args:
+        checkpoint: directory of a Slow-Fast checkpoint.
+        target: name of a target, 'all', or 'cpu' for ONNX Runtime on this machine; default this machine.
+        frames: frames of a video; default the checkpoint's number, else 64.
+        jetpack: the target's JetPack version; default the target's.
+
+    Raises:
+        InputError: the target or JetPack is unknown, or no question fits beside that many frames.
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    from sfexport.planning.plan import plan as plan_checkpoint
+
+    return plan_checkpoint(as_path(checkpoint, "The checkpoint"), target, frames, jetpack)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint, bundle or engine directory: config, inputs and outputs, sizes, versions.
+
+    Returns:
+        What `sfexport inspect --json` prints; its `kind` is 'checkpoint', 'bundle' or 'engines'.
+
+    Raises:
+        InputError: the directory is none of them.
+        CheckpointError, BundleError: the directory is incomplete or damaged.
+    """
+    from sfexport.artifacts.inspect import inspect as inspect_directory
+
+    return inspect_directory(as_path(path, "The directory"))
+
+
+def diagnose(target: str | None = None) -> Report:
+    """Find out whether engines can be built and run on this machine, and what fixes what is missing.
+
+    Args:
+        target: name of the machine that engines are wanted for; default this one.
+
+    Raises:
+        InputError: the target is unknown.
+    """
+    from sfexport.doctor.report import examine
+    from sfexport.machines.machine import look
+    from sfexport.machines.targets import find_target
+
+    return examine(look(), find_target(target) if target is not None else None)
+
+
+def _tensorrt_options(
+    target: str | None,
+    jetpack: str | None,
+    frames: int | None,
+    max_question_tokens: int | None,
+    max_new_tokens: int | None,
+    kernels: str | Path | None,
+    optimization_level: int | None,
+) -> TensorRTOptions:
+    from sfexport.engines.tensorrt.build import TensorRTOptions
+    from sfexport.errors import InputError
+    from sfexport.machines.targets import find_target
+
+    if jetpack is not None and target is None:
+        raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
+    return TensorRTOptions(
+        target=find_target(target, jetpack) if target is not None else None,
+        frames=frames,
+        question_tokens=max_question_tokens,
+        new_tokens=max_new_tokens,
+        kernels=None if kernels is None else as_path(kernels, "The directory of kernels"),
+        optimization_level=optimization_level,
+    )
+
+
+def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> Wanted:
+    """Return how a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
+    from sfexport.exporting.open_or_export import Wanted
+    from sfexport.machines.machine import look
+    from sfexport.machines.targets import match_machine
+
+    if backend != "tensorrt":
+        return Wanted(precision, quantize=quantize)
+    target = options.target or match_machine(look())
+    return Wanted(precision, True, quantize, target.split_lm_head if target else 1)
+
+
+def _directory_name(path: Path) -> str:
+    """Return a directory's own name, also where the path is '.'."""
+    return path.resolve().name
