@@ -14,9 +14,14 @@ from typing import Any, TextIO
 from sfexport.printable import json_text, one_paragraph, printable, shortened
 
 
-def say(line: str = "", err: bool = True, end: str = "\n") -> None:
-    """Print a line; on stderr unless it is a result."""
-    _write(sys.stderr if err else sys.stdout, printable(line) + end)
+def result(line: str = "", end: str = "\n") -> None:
+    """Print a line of a command's result on stdout."""
+    _write(sys.stdout, printable(line) + end)
+
+
+def status(line: str) -> None:
+    """Print a line about the command's progress on stderr."""
+    _write(sys.stderr, printable(line) + "\n")
 
 
 def document(value: Any) -> None:
@@ -46,7 +51,7 @@ def step(line: str) -> None:
     if sys.stderr.isatty():
         _rich().print(f"[dim]·[/dim] {_escape(line)}", highlight=False)
     else:
-        say(line)
+        status(line)
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ def _plain_progress(verb: str) -> Callable[[int, int], None]:
         quarter = 4 * done // total
         if quarter > shown[0]:
             shown[0] = quarter
-            say(f"{verb} {done}/{total} frames")
+            status(f"{verb} {done}/{total} frames")
 
     return report
 
@@ -106,7 +111,7 @@ def _plain_phases() -> Callable[[str, int, int], None]:
         quarter = 4 * done // total if total else 4
         if total >= 8 and quarter > shown.get(phase, 0):
             shown[phase] = quarter
-            say(f"{phase}: {done}/{total}")
+            status(f"{phase}: {done}/{total}")
 
     return report
 
@@ -134,9 +139,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    say(title, err=False)
+    result(title)
     for row in [header, *rows] if any(header) else rows:
-        say("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip(), err=False)
+        result("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
 
 def _escape(text: str) -> str:

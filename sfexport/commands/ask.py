@@ -73,10 +73,10 @@ def ask(
     answers = []
     for question in questions:
         if not as_json:
-            console.say(f"Q: {question}\nA: ", err=False, end="")
+            console.result(f"Q: {question}\nA: ", end="")
         answers.append(session.ask(question, options, mode, None if as_json else console.raw, control_tokens))
         if not as_json:
-            console.say(err=False)
+            console.result()
     if as_json:
         console.document(
             {

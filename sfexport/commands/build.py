@@ -95,8 +95,8 @@ def build(
     if as_json:
         console.document(sfexport.inspect(engines.path))
         return
-    console.say(f"engines written to {engines.path}", err=False)
-    console.say(f"next: sfexport ask {engines.path} VIDEO -q 'What happens in the video?'", err=False)
+    console.result(f"engines written to {engines.path}")
+    console.result(f"next: sfexport ask {engines.path} VIDEO -q 'What happens in the video?'")
 
 
 def _show_check(found: Readiness, output: Path | None, as_json: bool) -> None:
@@ -108,4 +108,4 @@ def _show_check(found: Readiness, output: Path | None, as_json: bool) -> None:
     title = f"{target.name}: {system}TensorRT {target.tensorrt}, {found.precision}, {found.limits.frames} frames"
     console.table(title, ("what", "checked", "found", "verdict"), found.rows())
     if output is not None:
-        console.say(f"taken along in {output}; on the target: {output.name}/build.sh CHECKPOINT", err=False)
+        console.result(f"taken along in {output}; on the target: {output.name}/build.sh CHECKPOINT")

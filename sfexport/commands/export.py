@@ -69,5 +69,5 @@ def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any)
         return
     how = bundle.content["options"]["weights"]
     where = "copied into it" if how == "copy" else f"left in {bundle.weights_directory}"
-    console.say(f"bundle written to {bundle.path} (weights {where})", err=False)
-    console.say(f"next: sfexport build {bundle.path}", err=False)
+    console.result(f"bundle written to {bundle.path} (weights {where})")
+    console.result(f"next: sfexport build {bundle.path}")

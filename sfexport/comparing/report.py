@@ -18,23 +18,21 @@ def show(report: ParityReport) -> None:
     for pair in report.answers:
         verdict = "same" if pair.tie is None else f"a tie at token {pair.equal_tokens + 1} ({pair.tie:.1e} apart)"
         verdict = verdict if pair.passed else f"differ from token {pair.equal_tokens + 1} on"
-        console.say(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}", err=False)
-    console.say(f"  tolerance: {report.tolerance}", err=False)
+        console.result(f"  {_mark(pair.passed)}  answer, {pair.mode} mode: {pair.tokens} tokens, {verdict}")
+    console.result(f"  tolerance: {report.tolerance}")
     if report.is_copy:
-        console.say(
+        console.result(
             f"  PyTorch read the bundle's own copy of the weights in {report.checkpoint}: the checkpoint that was "
-            "exported is gone, so that the choice of weights is not compared",
-            err=False,
+            "exported is gone, so that the choice of weights is not compared"
         )
     elif report.checkpoint is not None:
-        console.say(f"  PyTorch read the checkpoint {report.checkpoint}", err=False)
+        console.result(f"  PyTorch read the checkpoint {report.checkpoint}")
     if cost := report.rounding:
-        console.say(
+        console.result(
             f"  PyTorch has the engines' rounded weights; with the checkpoint's own its prefill logits differ by "
-            f"{cost.max_rel:.1e}, cosine {cost.cosine:.7f}: what rounding costs",
-            err=False,
+            f"{cost.max_rel:.1e}, cosine {cost.cosine:.7f}: what rounding costs"
         )
-    console.say(f"parity {'passed' if report.passed else 'FAILED'}", err=False)
+    console.result(f"parity {'passed' if report.passed else 'FAILED'}")
 
 
 def _mark(passed: bool) -> str:

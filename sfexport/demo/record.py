@@ -51,4 +51,4 @@ def record_demo(frames: np.ndarray | None = None) -> Recording:
 
 if __name__ == "__main__":
     record_demo().save(RECORDED)
-    console.say(f"{RECORDED}: {RECORDED.stat().st_size:,} bytes", err=False)
+    console.result(f"{RECORDED}: {RECORDED.stat().st_size:,} bytes")

@@ -60,13 +60,13 @@ def run_demo(root: Path) -> bool:
     """
     paths = DemoPaths(root)
     _check_root(root)
-    console.say(f"sfexport demo: everything goes to {root}")
+    console.status(f"sfexport demo: everything goes to {root}")
     _make_inputs(paths)
     bundle = export(Checkpoint.open(paths.checkpoint), paths.bundle, ExportOptions(), console.step)
     build(bundle, paths.engines / engine_name("onnxruntime"), "onnxruntime", console.step)
     _ask(paths)
     passed = _prove(paths)
-    _say_what_next(paths)
+    _suggest_next(paths)
     return passed
 
 
@@ -125,20 +125,18 @@ def _ask(paths: DemoPaths) -> None:
     pipeline, questions = Pipeline.load(paths.engines), demo_questions()
     with console.frames_progress("encoding") as on_frames:
         session = pipeline.encode(paths.clip, questions=[q.text for q in questions], on_frames=on_frames)
-    console.say(err=False)
+    console.result()
     for question in questions:
         answer = session.ask(question.text, pipeline.generation_options())
         verdict = "right" if answer.answer == question.answer else "WRONG"
-        console.say(f"Q: {question.text}", err=False)
-        console.say(f"A: {answer.answer}   (truth: {question.answer}; {verdict})", err=False)
-        console.say(
+        console.result(f"Q: {question.text}")
+        console.result(f"A: {answer.answer}   (truth: {question.answer}; {verdict})")
+        console.result(
             f"   {answer.frames_encoded} frames encoded, {answer.prefill_tokens} tokens prefilled, "
-            f"{answer.new_tokens} generated, {sum(answer.seconds.values()):.2f} s",
-            err=False,
+            f"{answer.new_tokens} generated, {sum(answer.seconds.values()):.2f} s"
         )
-    console.say(
-        "The second answer is about one frame that the fast tokens never saw: it comes from the slow tokens.\n",
-        err=False,
+    console.result(
+        "The second answer is about one frame that the fast tokens never saw: it comes from the slow tokens.\n"
     )
 
 
@@ -150,7 +148,7 @@ def _prove(paths: DemoPaths) -> bool:
     pipeline = Pipeline.load(paths.engines)
     try:
         report = run_parity(pipeline, paths.clip, demo_questions()[0].text, tolerance=Tolerance())
-        console.say("PyTorch is installed: parity with it is computed live.", err=False)
+        console.result("PyTorch is installed: parity with it is computed live.")
     except MissingDependency as missing:
         report = _compare_with_recording(pipeline, paths.clip, missing)
     show(report)
@@ -162,23 +160,22 @@ def _compare_with_recording(pipeline: Pipeline, clip: Path, missing: MissingDepe
     from sfexport.comparing.recording import Recording, compare_with, largest_difference, unprepare
 
     recording = Recording.load(RECORDED)
-    console.say(f"{missing} Parity is with PyTorch's recorded outputs.", err=False)
+    console.result(f"{missing} Parity is with PyTorch's recorded outputs.")
     pixels, rows = pipeline.read_frames(clip, len(recording.frames), "linspace")
     if difference := largest_difference(recording.frames, unprepare(pixels[rows], pipeline.bundle.image)):
-        console.say(
-            f"The clip encoded here differs from the recorded frames by up to {difference} of 255: parity uses those.",
-            err=False,
+        console.result(
+            f"The clip encoded here differs from the recorded frames by up to {difference} of 255: parity uses those."
         )
     return compare_with(recording, pipeline, Tolerance())
 
 
-def _say_what_next(paths: DemoPaths) -> None:
+def _suggest_next(paths: DemoPaths) -> None:
     root = paths.root
-    console.say("\nTry next:", err=False)
+    console.result("\nTry next:")
     for line in (
         f"sfexport ask {root}/engines {root}/clip.mp4 -q 'How many shapes are there?' --json",
         f"sfexport inspect {root}/bundle",
         f"sfexport parity {root}/engines YOUR_VIDEO.mp4",
         f"sfexport export {root}/checkpoint -o my-bundle && sfexport build my-bundle -o my-engines",
     ):
-        console.say(f"  {line}", err=False)
+        console.result(f"  {line}")

@@ -94,4 +94,4 @@ def show(report: Report) -> None:
     if fixes := [(line.name, line.fix) for line in report.lines if line.fix]:
         console.table("what to do", ("", ""), fixes)
     for sentence in report.summary():
-        console.say(sentence, err=False)
+        console.result(sentence)

@@ -32,7 +32,7 @@ def show(plan: Plan) -> None:
         console.table("every target (computed; run and build: GB)", header, rows)
     for note in notes(plan):
         for line in textwrap.wrap(note, WIDTH):
-            console.say(line, err=False)
+            console.result(line)
 
 
 def _machine(target: TargetPlan) -> str:
