@@ -26,7 +26,7 @@ from sfexport.engines.build import build
 from sfexport.engines.interface import KeyValues
 from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import VideoSession
+from sfexport.qa.video_session import VideoSession
 
 MODES = ("trained", "released", "slow_off")
 OTHER_CLIP = "slow_of_another_clip"

@@ -16,7 +16,7 @@ from PIL import Image
 from sfexport import __version__
 from sfexport.cli import main
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import STAGES
+from sfexport.qa.video_session import STAGES
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "av", "tokenizers", "numpy", "PIL"}
 TWO = ("-q", "Which shapes are in the video?", "-q", "What colour is the circle?")

@@ -17,7 +17,7 @@ from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
 from sfexport.comparing.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import VideoSession
+from sfexport.qa.video_session import VideoSession
 from sfexport.video.preprocessing import preprocess
 
 KEPT = 1024  # values of an output that are recorded; of a larger one evenly spaced values, at least so many

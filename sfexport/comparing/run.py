@@ -19,7 +19,7 @@ from sfexport.engines.torch_backend import TorchBackend
 from sfexport.exporting.dequantize import rounded_matrices
 from sfexport.progress import OnStep, no_step
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import VideoSession
+from sfexport.qa.video_session import VideoSession
 from sfexport.values import whole_number
 
 DEFAULT_QUESTION = "What happens in the video?"

@@ -1,7 +1,4 @@
-"""Engines and a video in, a session out: frames are read and prepared while earlier ones are encoded.
-
-`sfexport.load` is the door to this for Python programs.
-"""
+"""Encode a video with engines into a session; frames are read and prepared while earlier ones are encoded."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ from sfexport.checkpoint.config_fields import MAX_FRAMES
 from sfexport.checkpoint.fast_path import fast_token_count
 from sfexport.engines.build import check_runtime, open_backend
 from sfexport.engines.embedding import EmbeddingTable
-from sfexport.engines.interface import VISION_CHUNK, Backend, KeyValues
+from sfexport.engines.interface import VISION_CHUNK, Backend
 from sfexport.errors import InputError
 from sfexport.fields import shown
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.prompt import ChatTokenizer
-from sfexport.qa.session import Answer, OnText, Stopwatch, VideoSession, check_question
+from sfexport.qa.video_session import Stopwatch, VideoSession, check_question
 from sfexport.values import as_path, whole_number
 from sfexport.video.arrays import MemoryFrames
 from sfexport.video.decoding import Video
@@ -80,7 +77,7 @@ class Pipeline:
         on_frames: OnFrames = lambda done, total: None,
         fps: float | None = None,
         control_tokens: bool = False,
-    ) -> Session:
+    ) -> VideoSession:
         """Encode a video (or a picture: one frame).
 
         Args:
@@ -94,7 +91,7 @@ class Pipeline:
             questions: checked to fit before anything is encoded.
             on_frames: called with frames done and in all, as encoding proceeds.
             fps: frames per second of frames in memory or in a folder, which 'eval' sampling needs to know.
-            control_tokens: as the questions will be asked (see Session.ask).
+            control_tokens: as the questions will be asked (see VideoSession.ask).
 
         Raises:
             VideoError: the file cannot be read, or what is in memory is not frames of this kind.
@@ -119,9 +116,17 @@ class Pipeline:
         slow_tokens = np.concatenate(encoded)[rows]
         with watch.stage("compress"):
             fast, slow = backend.compress(slow_tokens)
-        session = Session(self, fast, slow, watch)
-        session.charge_frames(len(rows), len(unique))
-        return session
+        return VideoSession(
+            backend,
+            self.tokenizer,
+            self.embedding,
+            fast,
+            slow,
+            defaults=self.generation_options,
+            frames=len(rows),
+            frames_encoded=len(unique),
+            watch=watch,
+        )
 
     def check_question(self, question: str, frames: int, control_tokens: bool = False) -> None:
         """Raises InputError for a question that is empty or does not fit behind `frames` sampled frames."""
@@ -188,52 +193,6 @@ class Pipeline:
                 pending = pool.submit(read, size)
                 yield chunk
             yield pending.result()
-
-
-class Session(VideoSession):
-    """Questions about one video, with the checkpoint's generation options where a question brings none."""
-
-    def __init__(self, pipeline: Pipeline, fast: np.ndarray, slow: KeyValues | None, watch: Stopwatch) -> None:
-        super().__init__(pipeline.backend, pipeline.tokenizer, pipeline.embedding, fast, slow, watch)
-        self._defaults = pipeline.generation_options
-
-    def ask(
-        self,
-        question: str,
-        options: GenerationOptions | None = None,
-        mode: str | None = None,
-        on_text: OnText | None = None,
-        control_tokens: bool = False,
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-    ) -> Answer:
-        """Answer a question; `.answer` of what comes back is its text.
-
-        Args:
-            options: how to generate; None: as the checkpoint says. What the keywords say comes before it.
-            mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
-            on_text: called with each new piece of the answer as it is generated.
-            control_tokens: let control tokens that are typed in the question (`<|im_end|>`) act as such, as the
-                reference does; otherwise they are text.
-            temperature: 0 is greedy. The other keywords: see GenerationOptions.
-
-        Raises:
-            InputError: an empty question, one that does not fit, an unknown mode, a number without meaning.
-        """
-        options = (self._defaults() if options is None else options).override(
-            temperature,
-            max_new_tokens=max_new_tokens,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        return super().ask(question, options, mode, on_text, control_tokens)
 
 
 def open_video(video: Any, fps: float | None = None) -> Video:

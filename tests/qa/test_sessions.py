@@ -12,7 +12,7 @@ from sfexport.errors import InputError
 from sfexport.qa import pipeline as pipeline_module
 from sfexport.qa.generation import GenerationOptions
 from sfexport.qa.pipeline import Pipeline
-from sfexport.qa.session import VideoSession
+from sfexport.qa.video_session import VideoSession
 
 QUESTIONS = ("What happens?", "Which colour is the circle, and where does it go?")
 

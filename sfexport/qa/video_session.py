@@ -96,10 +96,12 @@ def check_question(
 
 
 class VideoSession:
-    """Questions about one video. Made by Pipeline.encode.
+    """Answers questions about one video; `Pipeline.encode` makes it.
 
     Attributes:
-        frames: frames sampled from the video. fast_tokens, slow_tokens: how many there are.
+        frames: number of frames sampled from the video.
+        fast_tokens: number of fast tokens.
+        slow_tokens: number of slow tokens.
     """
 
     def __init__(
@@ -109,20 +111,29 @@ class VideoSession:
         embedding: EmbeddingTable,
         fast: np.ndarray,
         slow: KeyValues | None,
+        *,
+        defaults: Callable[[], GenerationOptions] = GenerationOptions,
+        frames: int = 0,
+        frames_encoded: int = 0,
         watch: Stopwatch | None = None,
     ) -> None:
-        """Args: `fast` float32 [fast tokens, H]; `slow` the hybrid layers' slow K/V, None for no slow branch."""
+        """Prefill the part of the prompt that is the same for every question.
+
+        Args:
+            fast: fast tokens, float32 [fast tokens, H].
+            slow: slow K/V of the hybrid layers; None for a model without a slow branch.
+            defaults: returns the options for questions that are asked without any.
+            frames: number of frames sampled from the video.
+            frames_encoded: number of them that went through the vision encoder.
+            watch: seconds spent on the video so far.
+        """
         watch = watch or Stopwatch()
         self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
-        self._attends, self._slow = backend.config.slow_fast.attends, slow
-        self.frames, self.fast_tokens, self.slow_tokens = 0, len(fast), slow.length if slow else 0
+        self._attends, self._slow, self._defaults = backend.config.slow_fast.attends, slow, defaults
+        self.frames, self.fast_tokens, self.slow_tokens = frames, len(fast), slow.length if slow else 0
         with watch.stage("prefix"):
             self._prefix = self._prefill_prefix(fast)
-        self._pending = _Pending(self._prefix.length, 0, dict(watch.seconds))
-
-    def charge_frames(self, sampled: int, encoded: int) -> None:
-        """Record how many frames were sampled, and how many of them went through the vision encoder."""
-        self.frames, self._pending.frames_encoded = sampled, encoded
+        self._pending = _Pending(self._prefix.length, frames_encoded, dict(watch.seconds))
 
     def _prefill_prefix(self, fast: np.ndarray) -> KeyValues:
         """K/V of the text before the video and of the fast tokens: the same for every question."""
@@ -146,21 +157,41 @@ class VideoSession:
     def ask(
         self,
         question: str,
-        options: GenerationOptions,
+        options: GenerationOptions | None = None,
         mode: str | None = None,
         on_text: OnText | None = None,
         control_tokens: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
     ) -> Answer:
-        """Answer a question.
+        """Answer a question; the returned object's `.answer` is the text.
 
         Args:
-            mode: 'released' or 'trained' (see DECODE_MODES); None: the model's own.
+            options: how to generate; default the checkpoint's. The keywords below override its values.
+            mode: 'released' or 'trained' (see DECODE_MODES); default the model's own.
             on_text: called with each new piece of the answer as it is generated.
-            control_tokens: let control tokens typed in the question act as such (see ChatTokenizer.prompt).
+            control_tokens: let control tokens typed in the question (`<|im_end|>`) act as such, as the reference
+                does; by default they are encoded as text.
+            max_new_tokens: largest number of tokens of the answer.
+            temperature: 0 takes the most likely token; more samples.
+            top_p, top_k, repetition_penalty, seed: see GenerationOptions.
 
         Raises:
-            InputError: an empty question, one that does not fit, an unknown mode.
+            InputError: the question is empty or does not fit, the mode is unknown, or a number has no meaning.
         """
+        options = (self._defaults() if options is None else options).override(
+            temperature,
+            max_new_tokens=max_new_tokens,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         mode = mode or self._backend.config.slow_fast.decode_mode
         if mode not in DECODE_MODES:
             raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
