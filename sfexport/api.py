@@ -14,7 +14,7 @@ from sfexport.values import as_output, as_path
 if TYPE_CHECKING:
     from sfexport.artifacts.manifest import Bundle, Engines
     from sfexport.comparing.run import ParityReport
-    from sfexport.doctor.report import Report
+    from sfexport.doctor.diagnosis import Diagnosis
     from sfexport.engines.tensorrt.build import TensorRTOptions
     from sfexport.engines.tensorrt.preflight import Readiness
     from sfexport.exporting.open_or_export import Wanted
@@ -160,7 +160,7 @@ def check_build(
     """
     from tempfile import TemporaryDirectory
 
-    from sfexport.engines.tensorrt.preflight import KIT_FILE, write_kit
+    from sfexport.engines.tensorrt.preflight import BUILD_FILE, write_build_directory
     from sfexport.engines.tensorrt.preflight import check_build as check_bundle
     from sfexport.errors import InputError
     from sfexport.exporting.open_or_export import bundle_from
@@ -174,10 +174,10 @@ def check_build(
         raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
     request = _export_request("tensorrt", options, precision, quantize)
     with TemporaryDirectory() as folder:
-        bundle = bundle_from(source, Path(folder) / "bundle", output, request, KIT_FILE, on_step)
+        bundle = bundle_from(source, Path(folder) / "bundle", output, request, BUILD_FILE, on_step)
         found = check_bundle(bundle, options.target, options)
     if output is not None:
-        write_kit(found, output)
+        write_build_directory(found, output)
     return found
 
 
@@ -268,7 +268,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return inspect_directory(as_path(path, "The directory"))
 
 
-def diagnose(target: str | None = None) -> Report:
+def diagnose(target: str | None = None) -> Diagnosis:
     """Find out whether engines can be built and run on this machine, and what fixes what is missing.
 
     Args:
@@ -277,11 +277,11 @@ def diagnose(target: str | None = None) -> Report:
     Raises:
         InputError: the target is unknown.
     """
-    from sfexport.doctor.report import examine
-    from sfexport.machines.machine import look
+    from sfexport.doctor.diagnosis import examine
+    from sfexport.machines.machine import detect_machine
     from sfexport.machines.targets import find_target
 
-    return examine(look(), find_target(target) if target is not None else None)
+    return examine(detect_machine(), find_target(target) if target is not None else None)
 
 
 def _tensorrt_options(
@@ -312,12 +312,12 @@ def _tensorrt_options(
 def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> Wanted:
     """Return how a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
     from sfexport.exporting.open_or_export import Wanted
-    from sfexport.machines.machine import look
+    from sfexport.machines.machine import detect_machine
     from sfexport.machines.targets import match_machine
 
     if backend != "tensorrt":
         return Wanted(precision, quantize=quantize)
-    target = options.target or match_machine(look())
+    target = options.target or match_machine(detect_machine())
     return Wanted(precision, True, quantize, target.split_lm_head if target else 1)
 
 

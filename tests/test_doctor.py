@@ -23,8 +23,8 @@ from machines import (
     power,
 )
 
-from sfexport.doctor.report import Report, examine, show
-from sfexport.machines.machine import Gpu, look
+from sfexport.doctor.diagnosis import Diagnosis, examine, show
+from sfexport.machines.machine import Gpu, detect_machine
 from sfexport.machines.probe import Interpreter, Output, Probe
 from sfexport.machines.targets import find_target
 
@@ -37,20 +37,20 @@ BARE_CARD = {
 }
 
 
-def report(probe: Probe, target: str | None = None) -> Report:
-    return examine(look(probe), find_target(target) if target else None)
+def report(probe: Probe, target: str | None = None) -> Diagnosis:
+    return examine(detect_machine(probe), find_target(target) if target else None)
 
 
-def verdicts(found: Report) -> dict[str, str]:
-    return {line.name: line.verdict for line in found.lines}
+def verdicts(found: Diagnosis) -> dict[str, str]:
+    return {line.name: line.verdict for line in found.checks}
 
 
-def fix(found: Report, name: str) -> str:
-    return next(line.fix for line in found.lines if line.name == name)
+def fix(found: Diagnosis, name: str) -> str:
+    return next(line.fix for line in found.checks if line.name == name)
 
 
-def seen(found: Report, name: str) -> str:
-    return next(line.seen for line in found.lines if line.name == name)
+def seen(found: Diagnosis, name: str) -> str:
+    return next(line.seen for line in found.checks if line.name == name)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def seen(found: Report, name: str) -> str:
 def test_a_machine_with_everything(probe: FakeProbe, target: str) -> None:
     for found in (report(probe), report(probe, target)):
         assert found.target == target
-        assert set(verdicts(found).values()) == {"ok"}, found.lines
-        assert not any(line.fix for line in found.lines)
+        assert set(verdicts(found).values()) == {"ok"}, found.checks
+        assert not any(line.fix for line in found.checks)
         assert found.can_build and found.can_run_onnxruntime and found.exit_code == 0
         assert "can be built" in found.summary()[0] and "can be built" in found.summary()[1]
 
 
 def test_what_is_read_of_an_orin() -> None:
-    machine = look(ORIN_62)
+    machine = detect_machine(ORIN_62)
     assert machine.gpus == (Gpu("Orin", 87, 16, 65.893376),)
     assert (machine.cuda.cuda, machine.jetpack, machine.l4t) == ("12.6", "6.2", "36.4.3")
     assert machine.power_modes == {"MAXN": 0, "MODE_15W": 1, "MODE_30W": 2, "MODE_50W": 3}
@@ -79,7 +79,7 @@ def test_what_is_read_of_an_orin() -> None:
 
 
 def test_what_is_read_of_a_datacenter_host() -> None:
-    machine = look(H100)
+    machine = detect_machine(H100)
     assert (machine.cuda.driver, machine.cuda.cuda, machine.jetson_model) == ("580.65.06", "13.0", None)
     assert machine.gpus[0].name == "NVIDIA H100 80GB HBM3"
     assert machine.power_mode is None
@@ -104,7 +104,7 @@ def test_what_is_read_of_a_datacenter_host() -> None:
 )
 def test_jetpack_from_jetson_linux(release: str, jetpack: str | None) -> None:
     probe = ORIN_62.but(files={"/etc/nv_tegra_release": f"# {release}, GCID: 1"}, apt={"nvidia-jetpack": None})
-    assert look(probe).jetpack == jetpack
+    assert detect_machine(probe).jetpack == jetpack
 
 
 def test_a_laptop_builds_for_onnx_runtime_and_prepares_for_others() -> None:
@@ -305,7 +305,7 @@ def test_nobody_is_told_to_install_torch() -> None:
     for probe in (ORIN_62, ORIN_72, ORIN_NANO, THOR, H100, LAPTOP):
         found = report(probe.but(modules=(), packages={"torch": None}))
         assert verdicts(found)["torch"] == "ok"
-        assert not any("torch" in line.fix for line in found.lines)
+        assert not any("torch" in line.fix for line in found.checks)
 
 
 def test_a_machine_that_tells_nothing() -> None:
@@ -318,7 +318,7 @@ def test_the_table_is_what_the_report_says(capsys: pytest.CaptureFixture) -> Non
     found = report(ORIN_62.but(files=BLIND_VENV, modules=()))
     show(found)
     printed = capsys.readouterr().out
-    for line in found.lines:
+    for line in found.checks:
         assert line.name in printed and line.seen in printed and line.fix in printed
     for sentence in found.summary():
         assert sentence in printed
@@ -332,7 +332,7 @@ def test_json() -> None:
 
 def test_this_machine() -> None:
     """Whatever it is: the examination ends, and says of it what can be seen by other means."""
-    machine = look()
+    machine = detect_machine()
     found = examine(machine)
     assert seen(found, "Python").startswith(platform.python_version())
     assert machine.architecture == platform.machine()

@@ -16,7 +16,7 @@ from helpers import set_fields, snapshot, strict_json
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
-from sfexport.engines.memory import plan_memory, sum_up
+from sfexport.engines.memory import estimate_memory, sum_up
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.errors import CheckpointError, InputError
 from sfexport.exporting.export import ExportOptions, export
@@ -77,7 +77,7 @@ def test_a_plan_counts_with_what_a_build_counts_with(checkpoint: Path, tmp_path:
     found = plan(checkpoint, AGX, 16)
     for precision in ("fp32", "bf16"):
         bundle = export(Checkpoint.open(checkpoint), tmp_path / precision, ExportOptions(16, precision=precision))
-        theirs = plan_memory(bundle, resolve_profiles(bundle, Limits(16)), mapped_weights=False)
+        theirs = estimate_memory(bundle, resolve_profiles(bundle, Limits(16)), mapped_weights=False)
         row = figures(found, AGX, precision)
         assert row["run_peak"] == theirs.run and row["text_key_values"] == theirs.text_key_values
         assert row["build_peak"] == {"device": theirs.build_device, "host": theirs.build_host}
@@ -88,7 +88,7 @@ def test_a_plan_counts_with_what_a_build_counts_with(checkpoint: Path, tmp_path:
             parts = sum(row["weights"][part] for part in GRAPH_PARTS[graph.name])
             assert graph.weights == parts + (norms if graph.name == "compressor" else 0)
         for mapped in (False, True):
-            whole = plan_memory(bundle, resolve_profiles(bundle, Limits(16)), mapped)
+            whole = estimate_memory(bundle, resolve_profiles(bundle, Limits(16)), mapped)
             assert sum_up(whole.graphs, whole.text_key_values, whole.slow_key_values, mapped) == whole
 
 

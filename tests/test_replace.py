@@ -12,7 +12,7 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, edit_json, refusal, set_fields, sfexport, snapshot
 
-from sfexport.engines.tensorrt.preflight import KIT_FILE
+from sfexport.engines.tensorrt.preflight import BUILD_FILE
 
 
 def somebodys_engine(path: Path) -> None:
@@ -20,7 +20,7 @@ def somebodys_engine(path: Path) -> None:
     path.mkdir()
     (path / "engine.json").write_text(json.dumps({"name": "V8", "cylinders": 8}))
     (path / "sfexport.json").write_text(json.dumps({"files": {}}))
-    (path / KIT_FILE).write_text(json.dumps({"format": "A4"}))
+    (path / BUILD_FILE).write_text(json.dumps({"format": "A4"}))
     (path / "drawing.svg").write_text("<svg/>")
 
 
@@ -73,7 +73,7 @@ def test_kit_is_replaced_if_nothing_was_added(tree: Tree, tmp_path: Path) -> Non
     command = ("build", tree.bundle, "--check", "--target", "jetson-orin-agx-64", "-o", tmp_path / "kit")
     for _ in range(2):
         assert sfexport(*command).exit_code in (0, 1)
-        assert (tmp_path / "kit" / KIT_FILE).is_file()
+        assert (tmp_path / "kit" / BUILD_FILE).is_file()
     (tmp_path / "kit" / "log.txt").write_text("mine")
     assert_says(refusal(tmp_path, *command, after_steps=True), "log.txt")
 

@@ -8,7 +8,7 @@ from machines import H100, LAPTOP, ORIN_62, ORIN_72, ORIN_NANO, THOR, Device, Fa
 
 from sfexport.errors import InputError
 from sfexport.kernels.launch_config import SMS
-from sfexport.machines.machine import look
+from sfexport.machines.machine import detect_machine
 from sfexport.machines.targets import (
     Target,
     find_target,
@@ -141,7 +141,7 @@ def with_gpu(name: str, multiprocessors: int, memory_gb: float) -> FakeProbe:
     ],
 )
 def test_a_machine_finds_its_row(probe: FakeProbe, name: str, jetpack: str | None) -> None:
-    found = match_machine(look(probe))
+    found = match_machine(detect_machine(probe))
     assert found is not None
     assert (found.name, found.jetpack) == (name, jetpack)
 
@@ -161,4 +161,4 @@ def test_a_machine_finds_its_row(probe: FakeProbe, name: str, jetpack: str | Non
     ids=lambda p: p.files.get("/proc/device-tree/model") or (p.libcuda.devices[0].name if p.libcuda else "laptop"),
 )
 def test_a_machine_that_the_table_does_not_have(probe: FakeProbe) -> None:
-    assert match_machine(look(probe)) is None
+    assert match_machine(detect_machine(probe)) is None

@@ -19,11 +19,20 @@ from trt_bindings.venvs import COMMAND, Environment, cache, find, make
 
 from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
 from sfexport.graphs.plugin_nodes import PluginSettings
-from sfexport.kernels.launch_config import Integers, plan_combine, plan_split, tiles_for
+from sfexport.kernels.launch_config import Integers, combine_launch, split_launch, tiles_for
+from sfexport.versions import FIRST_AOT_PLUGINS, FIRST_MAPPED_WEIGHTS, version_text
 
 PACKAGE = Path(__file__).parents[1] / "sfexport"
 # Variables that mean something else than elsewhere.
-SPECIAL = {"build.py": {"plan": ""}, "plugin_v3.py": {"builder": "IExprBuilder"}}
+SPECIAL = {"plugin_v3.py": {"builder": "IExprBuilder"}}
+# What the package uses of TensorRT only where it is there, and the version that has it first.
+SINCE = {
+    "OnnxParser.load_model_proto": version_text(FIRST_MAPPED_WEIGHTS),
+    "OnnxParser.load_initializer": version_text(FIRST_MAPPED_WEIGHTS),
+    "OnnxParser.parse_model_proto": version_text(FIRST_MAPPED_WEIGHTS),
+    "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": version_text(FIRST_AOT_PLUGINS),
+    "plugin": version_text(FIRST_AOT_PLUGINS),
+}
 AHEAD = VERSIONS[1:]  # versions with tensorrt.plugin's ahead-of-time plugins
 PLUGIN_KINDS = [("python", version) for version in VERSIONS] + [("ahead", version) for version in AHEAD]
 
@@ -42,7 +51,7 @@ def bindings(version: str) -> Environment:
 
 def required(version: str) -> list[str]:
     """What the package uses of this version, from its source."""
-    usage = collect(package_files(), SPECIAL)
+    usage = collect(package_files(), SPECIAL, SINCE)
     return usage.required(version)
 
 
@@ -146,9 +155,9 @@ def test_cross_attention_plugins(kind, version, dtype, sequence, slow, bindings)
         return
     name = {"HALF": "fp16", "FLOAT": "fp32"}[dtype]
     tiles = tiles_for(name, 128, settings.sm)
-    planned = plan_split(Integers(), query, key, tiles, settings.multiprocessors)
+    planned = split_launch(Integers(), query, key, tiles, settings.multiprocessors)
     assert launched(found[split.name]) == (planned.grid, planned.arguments, 128, 1024)
-    planned = plan_combine(Integers(), query, partial)
+    planned = combine_launch(Integers(), query, partial)
     assert launched(found[combine.name]) == (planned.grid, planned.arguments, 64, 0)
     assert found[combine.name]["code"] == f"// {name} 128 87 85"
 
@@ -169,7 +178,7 @@ def test_package_uses_only_what_is_offered(version):
 
 def test_package_is_read():
     """A reader that finds nothing would agree with every version."""
-    usage = collect(package_files(), SPECIAL)
+    usage = collect(package_files(), SPECIAL, SINCE)
     used = {
         "Builder.build_serialized_network",
         "IExecutionContext.execute_async_v3",
@@ -182,9 +191,6 @@ def test_package_is_read():
 
 SAMPLE = """
 import tensorrt as trt
-
-SINCE = {"OnnxParser.load_model_proto": "10.13", "IMissing": "10.0"}
-UNTIL = {"BuilderFlag.FP16": "11.0"}
 
 
 class Profile:
@@ -210,7 +216,8 @@ def take(profile: Profile, plain):
 def test_usage_of_a_sample(tmp_path):
     file = tmp_path / "sample.py"
     file.write_text(SAMPLE, encoding="utf-8")
-    usage = collect([file])
+    since, until = {"OnnxParser.load_model_proto": "10.13", "IMissing": "10.0"}, {"BuilderFlag.FP16": "11.0"}
+    usage = collect([file], since=since, until=until)
     assert sorted(usage.where) == [
         "BuilderFlag",
         "BuilderFlag.FP16",
@@ -227,7 +234,7 @@ def test_usage_of_a_sample(tmp_path):
         "ParserError.desc",
         "float32",
     ]
-    assert usage.where["BuilderFlag.FP16"] == ["sample.py:12"]
+    assert usage.where["BuilderFlag.FP16"] == ["sample.py:9"]
     assert usage.unused() == ["IMissing"]
     assert Surface.load("10.3").missing(usage.required("10.3")) == ["Dims.no_such"]
     assert Surface.load("11.4").missing(usage.required("11.4")) == ["Dims.no_such"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from sfexport.versions import (
 )
 
 ROOT = Path(__file__).parent.parent
+NO_THRESHOLDS = ("versions.py", "__version__.py", "random_checkpoint.py")  # the last writes the reference's version
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -39,9 +42,17 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     ("text", "numbers"),
     [
         ("10.16.1.11", (10, 16, 1, 11)),
+        ("v10.16.1.11-1+cuda13.2", (10, 16, 1, 11)),
         ("v10.13.3", (10, 13, 3)),
         ("10.3.0.30-1+cuda12.5", (10, 3, 0, 30)),
+        ("6.2.1+b38", (6, 2, 1)),  # apt's nvidia-jetpack
+        ("36.4.3", (36, 4, 3)),  # Jetson Linux
+        ("2.35-0ubuntu3.8", (2, 35)),
+        ("10.3.0~rc1-1", (10, 3, 0)),
+        ("5.10.104-tegra", (5, 10, 104)),
+        (" 3.12.3+", (3, 12, 3)),
         ("2.4.0rc1", (2, 4, 0)),
+        ("2.13.0.dev20260101+cpu", (2, 13, 0)),
         ("12", (12,)),
         ("unknown", ()),
         ("", ()),
@@ -67,6 +78,53 @@ def test_pyproject_asks_for_the_same(package: str) -> None:
         bounds = re.findall(rf"\"{package}(?:-gpu)?>=([\d.]+)", PYPROJECT)
         assert len(bounds) == len(re.findall(rf"\"{package}(?:-gpu)?[><=~!; \"]", PYPROJECT)), "one has no bound"
     assert bounds and {version_numbers(bound) for bound in bounds} == {OLDEST[package]}
+
+
+def test_no_other_file_of_the_package_holds_a_version() -> None:
+    """Neither as a text ('10.9', 'numpy<2.4') nor as a tuple that a version is compared with."""
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in sorted((ROOT / "sfexport").rglob("*.py"))
+        if file.name not in NO_THRESHOLDS
+        for line in version_literals(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["x = '10.9'", "f'numpy<{x}' 'triton>=3.7'", "is_older(v, (10, 9))", "(10, 9) <= version_numbers(v)[:2] < (11, 0)"],
+)
+def test_versions_are_found(code: str) -> None:
+    assert list(version_literals(ast.parse(code))) != []
+
+
+def test_other_literals_are_no_versions() -> None:
+    code = "def f(v):\n    '''As in 10.9.'''\n    return is_older(v, OLDEST), x < (1, 2), 'at 0.5 of 10'"
+    assert list(version_literals(ast.parse(code))) == []
+
+
+def version_literals(tree: ast.Module) -> Iterator[int]:
+    """Lines of version literals: a text that is one or bounds a package, a tuple of integers compared with one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+            if re.fullmatch(r"v?\d+(\.\d+)+", text) or re.search(r"\w(==|>=|<=|~=|<|>)\d", text):
+                yield node.lineno
+        elif isinstance(node, ast.Compare | ast.Call) and {"is_older", "version_numbers"} & names_in(node):
+            yield from (inner.lineno for inner in ast.walk(node) if is_tuple_of_integers(inner))
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def is_tuple_of_integers(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Tuple)
+        and bool(node.elts)
+        and all(isinstance(element, ast.Constant) and type(element.value) is int for element in node.elts)
+    )
 
 
 def test_the_onnx_runtime_that_doctor_installs_is_pyprojects() -> None:

@@ -20,7 +20,7 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     Exits with 0 if TensorRT engines (with --target: for that machine) can be built here, with 1 if not. Without
     --target and without an NVIDIA GPU, ONNX Runtime is enough for 0.
     """
-    from sfexport.doctor.report import show
+    from sfexport.doctor.diagnosis import show
 
     report = sfexport.diagnose(target)
     if as_json:

@@ -1,4 +1,4 @@
-"""The single checks of `sfexport doctor`: a Machine and a Target in, one Line out.
+"""The single checks of `sfexport doctor`: a Machine and a Target in, one DoctorCheck out.
 
 Asks the system nothing.
 """
@@ -12,6 +12,7 @@ from sfexport.kernels.launch_config import SMS
 from sfexport.machines.machine import Machine
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine, newest_ptx_isa, oldest_cuda
 from sfexport.versions import (
+    CUDA_OF_TENSORRT_PACKAGE,
     NEW_NUMPY,
     NEWEST_TENSORRT,
     OLDEST,
@@ -19,6 +20,7 @@ from sfexport.versions import (
     aot_needs_old_numpy,
     is_older,
     maps_weights,
+    recommended_jetpacks,
     version_numbers,
     version_text,
 )
@@ -34,7 +36,7 @@ _NOT_NEEDED = "not needed to build or answer"
 
 
 @dataclass(frozen=True)
-class Line:
+class DoctorCheck:
     """One thing looked at. `verdict` is 'ok', 'warning' or 'missing'; `fix` is empty where nothing is to be done."""
 
     name: str
@@ -44,7 +46,7 @@ class Line:
     fix: str = ""
 
 
-Check = Callable[[Machine, "Target | None"], "Line | None"]
+Check = Callable[[Machine, "Target | None"], "DoctorCheck | None"]
 
 
 def checks_for(machine: Machine) -> tuple[Check, ...]:
@@ -55,33 +57,33 @@ def checks_for(machine: Machine) -> tuple[Check, ...]:
     return (*first, _onnxruntime, _memory, _disk, _power, _polygraphy, _torch)
 
 
-def _machine(machine: Machine, target: Target | None) -> Line:
+def _machine(machine: Machine, target: Target | None) -> DoctorCheck:
     seen = machine.jetson_model or f"{machine.system} {machine.architecture}"
     here = match_machine(machine)
     if target is None:
         if not machine.cuda.device:
-            return Line("machine", seen, "any")
+            return DoctorCheck("machine", seen, "any")
         fix = "Its GPU is not in the table of targets: what follows is judged by general rules."
-        return Line("machine", seen, "a known target", WARNING, fix)
+        return DoctorCheck("machine", seen, "a known target", WARNING, fix)
     if here is None or here.name == target.name:
-        return Line("machine", seen, target.name)
+        return DoctorCheck("machine", seen, target.name)
     fix = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build them there."
-    return Line("machine", seen, target.name, WARNING, fix)
+    return DoctorCheck("machine", seen, target.name, WARNING, fix)
 
 
-def _python(machine: Machine, target: Target | None) -> Line:
+def _python(machine: Machine, target: Target | None) -> DoctorCheck:
     """A JetPack's TensorRT bindings are compiled for its own Python and no other."""
     seen = machine.python + (" in a venv" if machine.in_venv else "")
     oldest = f"{version_text(OLDEST['python'])} or later"
     if is_older(machine.python, OLDEST["python"]):
-        return Line("Python", seen, oldest, MISSING, f"Install Python {oldest}.")
+        return DoctorCheck("Python", seen, oldest, MISSING, f"Install Python {oldest}.")
     if not (machine.jetson_model and target and target.jetpack):
-        return Line("Python", seen, oldest)
+        return DoctorCheck("Python", seen, oldest)
     expected = f"{target.python}, JetPack {target.jetpack}'s"
     imports_tensorrt = machine.tensorrt.module and not machine.tensorrt.error
     if imports_tensorrt or not _wrong_python(machine, target):
-        return Line("Python", seen, expected)
-    return Line("Python", seen, expected, WARNING, _new_venv())
+        return DoctorCheck("Python", seen, expected)
+    return DoctorCheck("Python", seen, expected, WARNING, _new_venv())
 
 
 def _wrong_python(machine: Machine, target: Target | None) -> bool:
@@ -92,53 +94,55 @@ def _new_venv() -> str:
     return "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv, and install sfexport in that one."
 
 
-def _jetpack(machine: Machine, target: Target | None) -> Line | None:
+def _jetpack(machine: Machine, target: Target | None) -> DoctorCheck | None:
     if machine.jetson_model is None:
         return None
     oldest = f"{version_text(OLDEST_JETPACK)} or later"
     expected = target.jetpack if target and target.jetpack else oldest
     if machine.jetpack is None:
         fix = "Its version cannot be read here (normal in a container)."
-        return Line("JetPack", "unknown", expected, WARNING, fix)
+        return DoctorCheck("JetPack", "unknown", expected, WARNING, fix)
     seen = machine.jetpack + (f" (Jetson Linux {machine.l4t})" if machine.l4t else "")
     if is_older(machine.jetpack, OLDEST_JETPACK):
-        return Line("JetPack", seen, oldest, MISSING, "Flash JetPack 6.2 or 7.2: TensorRT 8 is too old.")
-    return Line("JetPack", seen, expected)
+        fix = f"Flash JetPack {recommended_jetpacks()}: TensorRT 8 is too old."
+        return DoctorCheck("JetPack", seen, oldest, MISSING, fix)
+    return DoctorCheck("JetPack", seen, expected)
 
 
-def _driver(machine: Machine, target: Target | None) -> Line:
+def _driver(machine: Machine, target: Target | None) -> DoctorCheck:
     """It has to take the PTX that kernels are compiled to."""
     cuda, isa = machine.cuda, target.ptx_isa if target else kernel_ptx_isa(OLDEST_SM)
     expected = f"CUDA {oldest_cuda(isa)} or later"
     if cuda.cuda is None:
         seen = f"kernel module {cuda.driver}, no libcuda.so.1" if cuda.driver else "none"
-        return Line("CUDA driver", seen, expected, MISSING, _driver_mend(machine))
+        return DoctorCheck("CUDA driver", seen, expected, MISSING, _driver_fix(machine))
     seen = f"CUDA {cuda.cuda}" + (f", {cuda.driver}" if cuda.driver else "")
     if newest_ptx_isa(cuda.cuda) < isa:
-        return Line("CUDA driver", seen, expected, MISSING, _driver_mend(machine))
-    return Line("CUDA driver", seen, expected)
+        return DoctorCheck("CUDA driver", seen, expected, MISSING, _driver_fix(machine))
+    return DoctorCheck("CUDA driver", seen, expected)
 
 
-def _driver_mend(machine: Machine) -> str:
+def _driver_fix(machine: Machine) -> str:
     if machine.jetson_model:
-        return "The driver is a part of JetPack: flash 6.2 or 7.2; in a container, start it with --runtime nvidia."
+        flash = f"The driver is a part of JetPack: flash {recommended_jetpacks()}"
+        return f"{flash}; in a container, start it with --runtime nvidia."
     return "sudo apt install nvidia-driver-580-server-open, then reboot; in a container, start it with --gpus all."
 
 
-def _gpu(machine: Machine, target: Target | None) -> Line:
+def _gpu(machine: Machine, target: Target | None) -> DoctorCheck:
     expected = f"compute capability {target.sm / 10:.1f}" if target else "compute capability 8.0 or later"
     if not machine.gpus:
-        return Line("GPU", machine.cuda.error or "none", expected, MISSING, _gpu_mend(machine, target))
+        return DoctorCheck("GPU", machine.cuda.error or "none", expected, MISSING, _gpu_fix(machine, target))
     gpu = machine.gpus[0]
     seen = f"{gpu.name}, {gpu.sm / 10:.1f}, {gpu.multiprocessors} multiprocessors, {gpu.memory_gb:.0f} GB"
     if target and gpu.sm != target.sm:
-        return Line("GPU", seen, expected, MISSING, _build_there(target))
+        return DoctorCheck("GPU", seen, expected, MISSING, _build_there(target))
     if gpu.sm < OLDEST_SM:
-        return Line("GPU", seen, expected, MISSING, "This GPU is too old for TensorRT engines of sfexport.")
-    return Line("GPU", seen, expected)
+        return DoctorCheck("GPU", seen, expected, MISSING, "This GPU is too old for TensorRT engines of sfexport.")
+    return DoctorCheck("GPU", seen, expected)
 
 
-def _gpu_mend(machine: Machine, target: Target | None) -> str:
+def _gpu_fix(machine: Machine, target: Target | None) -> str:
     if machine.cuda.error == "cuInit answers 803":
         return "The driver's library and its kernel module are of different versions: reboot."
     if machine.cuda.error:
@@ -151,29 +155,33 @@ def _build_there(target: Target | None) -> str:
     return f"Prepare here, build there: sfexport build CHECKPOINT --target {name} --check"
 
 
-def _tensorrt(machine: Machine, target: Target | None) -> Line:
+def _tensorrt(machine: Machine, target: Target | None) -> DoctorCheck:
     found = machine.tensorrt
     expected = f"{version_text(OLDEST['tensorrt'])} to {version_text(NEWEST_TENSORRT)}"
     if target and target.jetpack:
         expected += f"; JetPack's is {target.tensorrt}"
     if not found.module:
         seen = f"{found.library}, but no module for this Python" if found.library else "none"
-        return Line("TensorRT", seen, expected, MISSING, _tensorrt_mend(machine, target))
+        return DoctorCheck("TensorRT", seen, expected, MISSING, _tensorrt_fix(machine, target))
     if found.error:
-        return Line("TensorRT", f"{found.version or ''} {found.error}".strip(), expected, MISSING, _reinstall(machine))
+        return DoctorCheck(
+            "TensorRT", f"{found.version or ''} {found.error}".strip(), expected, MISSING, _reinstall(machine)
+        )
     seen = found.version or "unknown"
     if is_older(found.version, OLDEST["tensorrt"]):
-        fix = "Flash JetPack 6.2 or 7.2." if machine.jetson_model else _install_tensorrt(machine)
-        return Line("TensorRT", seen, expected, MISSING, fix)
+        fix = f"Flash JetPack {recommended_jetpacks()}." if machine.jetson_model else _install_tensorrt(machine)
+        return DoctorCheck("TensorRT", seen, expected, MISSING, fix)
     if found.cuda and found.cuda > _cuda_major(machine, target):
         seen = f"{seen} for CUDA {found.cuda}"
-        return Line("TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda))
+        return DoctorCheck(
+            "TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda)
+        )
     if version_numbers(found.version)[:2] > NEWEST_TENSORRT:
-        return Line("TensorRT", seen, expected, WARNING, "Newer than any that sfexport was checked against.")
-    return Line("TensorRT", seen, expected)
+        return DoctorCheck("TensorRT", seen, expected, WARNING, "Newer than any that sfexport was checked against.")
+    return DoctorCheck("TensorRT", seen, expected)
 
 
-def _tensorrt_mend(machine: Machine, target: Target | None) -> str:
+def _tensorrt_fix(machine: Machine, target: Target | None) -> str:
     """The module is not to be found; on a Jetson it comes from apt and must be seen from inside a venv."""
     found = machine.tensorrt
     if not machine.jetson_model:
@@ -196,9 +204,10 @@ def _cuda_major(machine: Machine, target: Target | None) -> int:
 
 
 def _install_tensorrt(machine: Machine) -> str:
-    """The package `tensorrt` is for the newest CUDA, 13."""
-    if machine.cuda.cuda and is_older(machine.cuda.cuda, (13, 0)):
-        return f"pip install tensorrt-cu12 'cuda-python<13' 'triton>={version_text(OLDEST['triton'])}'"
+    """Return the command that installs TensorRT for the driver's CUDA."""
+    if machine.cuda.cuda and is_older(machine.cuda.cuda, CUDA_OF_TENSORRT_PACKAGE):
+        triton, end = version_text(OLDEST["triton"]), CUDA_OF_TENSORRT_PACKAGE[0]
+        return f"pip install tensorrt-cu12 'cuda-python<{end}' 'triton>={triton}'"
     return "pip install 'sfexport[tensorrt]'"
 
 
@@ -213,57 +222,59 @@ def _reinstall(machine: Machine) -> str:
     return f"Install it anew, libraries and all: {_install_tensorrt(machine)}"
 
 
-def _numpy(machine: Machine, target: Target | None) -> Line | None:
+def _numpy(machine: Machine, target: Target | None) -> DoctorCheck | None:
     if not aot_needs_old_numpy(machine.tensorrt.version):
         return None
     seen, end = machine.packages["numpy"], version_text(NEW_NUMPY)
     expected = f"below {end} with this TensorRT"
     if version_numbers(seen) >= NEW_NUMPY:
-        return Line("numpy", seen or "", expected, WARNING, f"pip install 'numpy<{end}'")
-    return Line("numpy", seen or "none", expected)
+        return DoctorCheck("numpy", seen or "", expected, WARNING, f"pip install 'numpy<{end}'")
+    return DoctorCheck("numpy", seen or "none", expected)
 
 
-def _cuda_python(machine: Machine, target: Target | None) -> Line:
+def _cuda_python(machine: Machine, target: Target | None) -> DoctorCheck:
     seen = machine.packages["cuda-python"] or machine.packages["cuda-bindings"]
     major = _cuda_major(machine, target)
     oldest = version_text(OLDEST["cuda-python"])
     expected = f"{oldest} or later, at most {major}.x"
     if OLDEST["cuda-python"] <= version_numbers(seen) < (major + 1,):
-        return Line("cuda-python", seen or "", expected)
-    return Line("cuda-python", seen or "none", expected, MISSING, f"pip install 'cuda-python>={oldest},<{major + 1}'")
+        return DoctorCheck("cuda-python", seen or "", expected)
+    return DoctorCheck(
+        "cuda-python", seen or "none", expected, MISSING, f"pip install 'cuda-python>={oldest},<{major + 1}'"
+    )
 
 
-def _triton(machine: Machine, target: Target | None) -> Line:
+def _triton(machine: Machine, target: Target | None) -> DoctorCheck:
     seen, oldest = machine.packages["triton"], version_text(OLDEST["triton"])
     expected = f"{oldest} or later, to compile the kernel"
     if is_older(seen, OLDEST["triton"]):
         fix = f"pip install 'triton>={oldest}'" if seen else "pip install triton"
-        return Line("triton", seen or "none", expected, WARNING, fix)
-    return Line("triton", seen or "", expected)
+        return DoctorCheck("triton", seen or "none", expected, WARNING, fix)
+    return DoctorCheck("triton", seen or "", expected)
 
 
-def _polygraphy(machine: Machine, target: Target | None) -> Line:
-    return Line("polygraphy", machine.packages["polygraphy"] or "none", _NOT_NEEDED)
+def _polygraphy(machine: Machine, target: Target | None) -> DoctorCheck:
+    return DoctorCheck("polygraphy", machine.packages["polygraphy"] or "none", _NOT_NEEDED)
 
 
-def _torch(machine: Machine, target: Target | None) -> Line:
-    return Line("torch", machine.packages["torch"] or "none", _NOT_NEEDED)
+def _torch(machine: Machine, target: Target | None) -> DoctorCheck:
+    return DoctorCheck("torch", machine.packages["torch"] or "none", _NOT_NEEDED)
 
 
-def _onnxruntime(machine: Machine, target: Target | None) -> Line:
+def _onnxruntime(machine: Machine, target: Target | None) -> DoctorCheck:
     expected = f"{version_text(OLDEST['onnxruntime'])} or later"
     package = "onnxruntime-gpu" if (machine.system, machine.architecture) == ("Linux", "x86_64") else "onnxruntime"
     if machine.providers is None:
         seen = f"{machine.onnxruntime}, which cannot be imported" if machine.onnxruntime else "none"
-        return Line("onnxruntime", seen, expected, MISSING, f"pip install --force-reinstall {package}")
+        return DoctorCheck("onnxruntime", seen, expected, MISSING, f"pip install --force-reinstall {package}")
     if machine.onnxruntime and is_older(machine.onnxruntime, OLDEST["onnxruntime"]):
-        return Line("onnxruntime", machine.onnxruntime, expected, MISSING, f"pip install --upgrade {package}")
+        return DoctorCheck("onnxruntime", machine.onnxruntime, expected, MISSING, f"pip install --upgrade {package}")
     cuda = machine.gpus and "CUDAExecutionProvider" in machine.providers
     seen = f"{machine.onnxruntime or 'unknown'}, on the {'GPU' if cuda else 'CPU'}"
-    return Line("onnxruntime", seen, expected)
+    return DoctorCheck("onnxruntime", seen, expected)
 
 
-def _memory(machine: Machine, target: Target | None) -> Line:
+def _memory(machine: Machine, target: Target | None) -> DoctorCheck:
     """What a build is expected to take of the host's memory, or float32 weights in ONNX Runtime."""
     if not machine.cuda.device:
         needed, expected = FLOAT32_GB, f"{FLOAT32_GB:.0f} GB to run the 8.5 B model in float32 (computed)"
@@ -274,32 +285,34 @@ def _memory(machine: Machine, target: Target | None) -> Line:
         needed = sizes[mapped]
         expected = f"{needed:.0f} GB to build the 8.5 B model in 16 bits (estimated)"
     if machine.memory_gb is None:
-        return Line("memory", "unknown", expected)
+        return DoctorCheck("memory", "unknown", expected)
     free, swap = machine.memory_available_gb or 0.0, machine.swap_gb or 0.0
     seen = f"{machine.memory_gb:.1f} GB, {free:.1f} free, {swap:.1f} swap"
     if machine.memory_gb + swap >= needed:
-        return Line("memory", seen, expected)
-    return Line("memory", seen, expected, WARNING, "Smaller models fit; for this one, more memory or swap.")
+        return DoctorCheck("memory", seen, expected)
+    return DoctorCheck("memory", seen, expected, WARNING, "Smaller models fit; for this one, more memory or swap.")
 
 
-def _disk(machine: Machine, target: Target | None) -> Line:
+def _disk(machine: Machine, target: Target | None) -> DoctorCheck:
     expected = f"{ENGINES_GB:.0f} GB for the 8.5 B model's engines in fp16 (computed)"
     if machine.disk_free_gb is None:
-        return Line("disk", "unknown", expected)
+        return DoctorCheck("disk", "unknown", expected)
     seen = f"{machine.disk_free_gb:.1f} GB free here"
     if machine.disk_free_gb >= ENGINES_GB:
-        return Line("disk", seen, expected)
-    return Line("disk", seen, expected, WARNING, "Write the engines to another disk with -o.")
+        return DoctorCheck("disk", seen, expected)
+    return DoctorCheck("disk", seen, expected, WARNING, "Write the engines to another disk with -o.")
 
 
-def _power(machine: Machine, target: Target | None) -> Line | None:
+def _power(machine: Machine, target: Target | None) -> DoctorCheck | None:
     """Slower modes lower clocks and switch multiprocessors off, and TensorRT would tune for that."""
     if machine.jetson_model is None:
         return None
     best = next((name for name in ("MAXN_SUPER", "MAXN") if name in machine.power_modes), None)
     expected = best or "the fastest"
     if machine.power_mode is None:
-        return Line("power mode", "unknown", expected, WARNING, "sudo nvpmodel -q")
+        return DoctorCheck("power mode", "unknown", expected, WARNING, "sudo nvpmodel -q")
     if best is None or machine.power_mode == best:
-        return Line("power mode", machine.power_mode, expected)
-    return Line("power mode", machine.power_mode, expected, WARNING, f"sudo nvpmodel -m {machine.power_modes[best]}")
+        return DoctorCheck("power mode", machine.power_mode, expected)
+    return DoctorCheck(
+        "power mode", machine.power_mode, expected, WARNING, f"sudo nvpmodel -m {machine.power_modes[best]}"
+    )

@@ -84,10 +84,10 @@ def runtime_version(backend: str) -> str:
 def engine_name(backend: str, target: str | None = None) -> str:
     """Directory name of an engine set: <target>-<runtime>-<version>. TensorRT's default target is this machine."""
     if backend == "tensorrt" and target is None:
-        from sfexport.machines.machine import look
+        from sfexport.machines.machine import detect_machine
         from sfexport.machines.targets import match_machine
 
-        here = match_machine(look())
+        here = match_machine(detect_machine())
         target = here.name if here else "gpu"
     return f"{target or 'cpu'}-{backend}-{runtime_version(backend)}"
 

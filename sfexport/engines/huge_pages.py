@@ -13,14 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-from sfexport.versions import is_older
+from sfexport.versions import FIRST_HUGE_PAGES, is_older
 
 TUNABLES = "GLIBC_TUNABLES"
 SETTING = "glibc.malloc.hugetlb=1"
 # Verbs that run engines.
 VERBS = ("ask", "parity", "demo")
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_FIRST_GLIBC = (2, 35)
 
 
 def relaunch_with_huge_pages() -> None:
@@ -37,7 +36,7 @@ def _helps() -> bool:
     import platform  # not needed by those that only want help
 
     library, version = platform.libc_ver()
-    if library != "glibc" or is_older(version, _FIRST_GLIBC):
+    if library != "glibc" or is_older(version, FIRST_HUGE_PAGES):
         return False
     try:
         return "[madvise]" in _ENABLED.read_text()

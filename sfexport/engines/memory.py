@@ -42,7 +42,7 @@ class GraphMemory:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """Bytes; see the module.
 
     Attributes:
@@ -67,7 +67,7 @@ class MemoryPlan:
         return asdict(self)
 
 
-def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryPlan:
+def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryEstimate:
     """Args: `mapped_weights`: the parser reads weights where they lie in the file (TensorRT 10.13 and later)."""
     width = PRECISIONS[bundle.precision]
     graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
@@ -77,13 +77,13 @@ def plan_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mappe
     return sum_up(graphs, text, slow, mapped_weights)
 
 
-def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryPlan:
-    """Args: `text`, `slow`: bytes of K/V. `mapped_weights`: see plan_memory."""
+def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryEstimate:
+    """Args: `text`, `slow`: bytes of K/V. `mapped_weights`: see estimate_memory."""
     weights, most = sum(g.weights for g in graphs), max(g.activations for g in graphs)
     run = weights + most + text + slow + RUNTIME_OVERHEAD
     host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
     device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
-    return MemoryPlan(tuple(graphs), text, slow, run, device, host)
+    return MemoryEstimate(tuple(graphs), text, slow, run, device, host)
 
 
 def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:

@@ -12,11 +12,11 @@ from sfexport.kernels.launch_config import (
     COMBINE_POSITIONS,
     COMBINE_WARPS,
     Integers,
-    Launch,
+    LaunchConfig,
     Tiles,
+    combine_launch,
     combine_outputs,
-    plan_combine,
-    plan_split,
+    split_launch,
     split_outputs,
 )
 
@@ -41,8 +41,8 @@ def cross_attention(
     """
     attends = attends.to(torch.int32)
     split_shapes = split_outputs(Integers(), query.shape, key.shape, multiprocessors)
-    split = plan_split(Integers(), query.shape, key.shape, tiles, multiprocessors)
-    combine = plan_combine(Integers(), query.shape, split_shapes[0])
+    split = split_launch(Integers(), query.shape, key.shape, tiles, multiprocessors)
+    combine = combine_launch(Integers(), query.shape, split_shapes[0])
 
     def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         empty = torch.empty(shape, dtype=dtype, device=query.device)
@@ -63,7 +63,7 @@ def launch_split(
     lengths: torch.Tensor,
     partial: torch.Tensor,
     logsumexp: torch.Tensor,
-    launch: Launch,
+    launch: LaunchConfig,
     tiles: Tiles,
 ) -> None:
     """Fill `partial` and `logsumexp`, of split_outputs' shapes. `attends` is int32."""
@@ -90,7 +90,7 @@ def launch_combine(
     logsumexp: torch.Tensor,
     attends: torch.Tensor,
     output: torch.Tensor,
-    launch: Launch,
+    launch: LaunchConfig,
 ) -> None:
     """Fill `output` [B, S, heads * d]. `attends` is int32."""
     cross_attention_combine[launch.grid](

@@ -93,7 +93,7 @@ Shapes = tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchConfig:
     """One kernel launch for one set of shapes; entries are integers or TensorRT's symbols.
 
     Attributes:
@@ -119,11 +119,11 @@ def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors:
     return (pairs, splits, rows, width), (pairs, splits, rows)
 
 
-def plan_split(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> Launch:
+def split_launch(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> LaunchConfig:
     """cross_attention_split's launch for query [B, heads, S, d] and key [B, kv heads, T, d]."""
     (pairs, splits, rows, _), _ = split_outputs(arithmetic, query, key, multiprocessors)
     grid = (arithmetic.cdiv(rows, tiles.rows), splits, pairs)
-    return Launch(grid, arguments=(query[2], rows, key[2], key[1]))
+    return LaunchConfig(grid, arguments=(query[2], rows, key[2], key[1]))
 
 
 def combine_outputs(arithmetic: Arithmetic, query: Any) -> Shapes:
@@ -131,8 +131,8 @@ def combine_outputs(arithmetic: Arithmetic, query: Any) -> Shapes:
     return ((query[0], query[2], arithmetic.product(query[1], query[3])),)
 
 
-def plan_combine(arithmetic: Arithmetic, query: Any, partial: Any) -> Launch:
+def combine_launch(arithmetic: Arithmetic, query: Any, partial: Any) -> LaunchConfig:
     """cross_attention_combine's launch for query [B, heads, S, d] and cross_attention_split's partial."""
     batch, heads, sequence = (query[i] for i in range(3))
     grid = (arithmetic.cdiv(sequence, COMBINE_POSITIONS), heads, batch)
-    return Launch(grid, arguments=(sequence, partial[1], arithmetic.floordiv(partial[2], sequence)))
+    return LaunchConfig(grid, arguments=(sequence, partial[1], arithmetic.floordiv(partial[2], sequence)))

@@ -1,4 +1,4 @@
-"""What can be found out about this machine without loading a heavy library: one record, `look()`.
+"""What can be found out about this machine without loading a heavy library: one record, `detect_machine()`.
 
 Everything comes through a Probe.
 """
@@ -12,25 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfexport.machines.probe import Probe
-from sfexport.versions import version_numbers
+from sfexport.versions import jetpack_of_l4t
 
 PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "torch")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 APT_PACKAGES = ("nvidia-jetpack", "libnvinfer10", "libnvinfer11", "libnvinfer8", "python3-libnvinfer")
-# Jetson Linux (L4T) and the JetPack it came with, oldest first; a version belongs to the last one that is not newer.
-JETPACKS = (
-    ((35, 1), "5.0.2"),
-    ((35, 2), "5.1"),
-    ((36, 2), "6.0"),
-    ((36, 4), "6.1"),
-    ((36, 4, 3), "6.2"),
-    ((36, 4, 4), "6.2.1"),
-    ((36, 5), "6.2.2"),
-    ((38, 2), "7.0"),
-    ((38, 4), "7.1"),
-    ((39,), "7.2"),
-    ((39, 2, 1), "7.2.1"),
-)
 _NVIDIA = "0x10de"
 # Attributes of a device, as numbered in cuda.h.
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
@@ -125,7 +111,7 @@ class Machine:
         return self.cuda.gpus
 
 
-def look(probe: Probe | None = None) -> Machine:
+def detect_machine(probe: Probe | None = None) -> Machine:
     """Examine this machine, or the one a probe describes. Raises nothing; takes a second or two."""
     probe = probe or Probe()
     interpreter, (system, architecture) = probe.interpreter(), probe.system()
@@ -193,10 +179,7 @@ def _jetpack(package: str | None, l4t: str | None) -> str | None:
     """From the meta package's version ('6.2.1+b38'), else from the Jetson Linux under it."""
     if package:
         return re.match(r"[\d.]*", package)[0].rstrip(".") or None
-    if l4t is None:
-        return None
-    numbers = version_numbers(l4t)
-    return next((name for oldest, name in reversed(JETPACKS) if oldest <= numbers), None)
+    return None if l4t is None else jetpack_of_l4t(l4t)
 
 
 def _power_mode(probe: Probe) -> str | None:

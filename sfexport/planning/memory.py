@@ -9,7 +9,7 @@ from dataclasses import replace
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.interface import VISION_CHUNK
-from sfexport.engines.memory import MemoryPlan, plan_memory, sum_up
+from sfexport.engines.memory import MemoryEstimate, estimate_memory, sum_up
 from sfexport.engines.profiles import Profile
 from sfexport.planning.flops import Storage, weight_bytes
 
@@ -36,10 +36,10 @@ _PLANNED_AGAIN = 1.2
 _HOST_COPIES = 3  # of pixels and of slow tokens: read, prepared, handed over
 
 
-def with_weights(plan: MemoryPlan, weights: Mapping[str, int], mapped_weights: bool) -> MemoryPlan:
-    """A plan of the same graphs with other weights. Args: `weights`: bytes by part."""
-    graphs = tuple(replace(g, weights=_of_graph(g.name, weights)) for g in plan.graphs)
-    return sum_up(graphs, plan.text_key_values, plan.slow_key_values, mapped_weights)
+def with_weights(estimate: MemoryEstimate, weights: Mapping[str, int], mapped_weights: bool) -> MemoryEstimate:
+    """Estimate memory for the same graphs with other weights. Args: `weights`: bytes by part."""
+    graphs = tuple(replace(g, weights=_of_graph(g.name, weights)) for g in estimate.graphs)
+    return sum_up(graphs, estimate.text_key_values, estimate.slow_key_values, mapped_weights)
 
 
 def _of_graph(name: str, weights: Mapping[str, int]) -> int:
@@ -53,23 +53,25 @@ def cpu_weight_bytes(checkpoint: Checkpoint, storage: Storage) -> dict[str, int]
     return {part: round(n * (_PACKED[part] if bits.get(part, 32) < 32 else 1)) for part, n in weights.items()}
 
 
-def cpu_memory(checkpoint: Checkpoint, bundle: Bundle, profiles: Profiles, storage: Storage, frames: int) -> MemoryPlan:
+def cpu_memory(
+    checkpoint: Checkpoint, bundle: Bundle, profiles: Profiles, storage: Storage, frames: int
+) -> MemoryEstimate:
     """Of one process that loads the graphs and answers; `run` is its peak, `build_host` that of loading alone.
 
     Args:
         bundle: exported in fp32. profiles: for these frames and the longest question and answer.
     """
     weights = cpu_weight_bytes(checkpoint, storage)
-    plan = plan_memory(bundle, _as_called(profiles), mapped_weights=True)
-    graphs = tuple(replace(g, weights=_of_graph(g.name, weights)) for g in plan.graphs)
+    estimate = estimate_memory(bundle, _as_called(profiles), mapped_weights=True)
+    graphs = tuple(replace(g, weights=_of_graph(g.name, weights)) for g in estimate.graphs)
     held = sum(g.weights for g in graphs)
     held += min(_LEFT_OVER, round(_LEFT_OVER_SHARE * held)) + _PROCESS
     loading = held + _largest_tensor(checkpoint, storage, weights) + _converted(checkpoint, storage)
     width = 2 if storage.name == "fp16" else 4
-    text, slow = (n * width // 4 for n in (plan.text_key_values, plan.slow_key_values))
+    text, slow = (n * width // 4 for n in (estimate.text_key_values, estimate.slow_key_values))
     arenas = sum(g.activations * _arena(g.name, frames) for g in graphs)
     running = held + round(arenas) + text + slow + _HOST_COPIES * _host_arrays(bundle, frames)
-    return MemoryPlan(graphs, text, slow, max(loading, running), 0, loading)
+    return MemoryEstimate(graphs, text, slow, max(loading, running), 0, loading)
 
 
 def _as_called(profiles: Profiles) -> dict[str, list[Profile]]:

@@ -14,12 +14,12 @@ from typing import Any
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config_fields import MAX_FRAMES
-from sfexport.engines.memory import MemoryPlan, physical_memory, plan_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory, physical_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt.build import memory_needs
 from sfexport.errors import InputError
 from sfexport.exporting.export import ExportOptions, export
-from sfexport.machines.machine import look
+from sfexport.machines.machine import detect_machine
 from sfexport.machines.targets import Target, find_target, load_targets, match_machine
 from sfexport.planning.flops import (
     Lengths,
@@ -54,7 +54,7 @@ class Figures:
 
     storage: Storage
     weights: dict[str, int]
-    memory: MemoryPlan
+    memory: MemoryEstimate
     builds: bool | None
     answers: bool | None
     speed: Speed | None
@@ -178,7 +178,7 @@ def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target]
             known = ", ".join([*load_targets(), CPU, ALL])
             raise InputError(f"Unknown target {name!r}.", f"Choose one of {known}.")
         return [find_target(name, jetpack)]
-    machine = look()
+    machine = detect_machine()
     here = match_machine(machine)
     if here is None and machine.gpus:
         raise InputError(f"The table of targets does not have this machine's {machine.gpus[0].name}.", "Use --target.")
@@ -208,17 +208,17 @@ def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
 
 
 class _Memory:
-    """What plan_memory says of bundles, by the width of their numbers, each asked once."""
+    """What estimate_memory says of bundles, by the width of their numbers, each asked once."""
 
     def __init__(self, bundles: dict[int, Bundle], limits: Limits) -> None:
         self._profiles = {width: resolve_profiles(bundle, limits) for width, bundle in bundles.items()}
         self._bundles = bundles
-        self._known: dict[tuple[int, bool], MemoryPlan] = {}
+        self._known: dict[tuple[int, bool], MemoryEstimate] = {}
 
-    def of(self, storage: Storage, weights: dict[str, int], mapped: bool) -> MemoryPlan:
+    def of(self, storage: Storage, weights: dict[str, int], mapped: bool) -> MemoryEstimate:
         width = storage.width
         if (width, mapped) not in self._known:
-            self._known[width, mapped] = plan_memory(self._bundles[width], self._profiles[width], mapped)
+            self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
         found = self._known[width, mapped]
         return with_weights(found, weights, mapped) if storage.quantised else found
 
@@ -236,7 +236,7 @@ def _on_target(checkpoint: Checkpoint, memory: _Memory, at: Lengths, target: Tar
     return TargetPlan(target.name, target.jetpack, round(1e9 * target.memory_gb), efficiency_on(target), tuple(found))
 
 
-def _fits(memory: MemoryPlan, target: Target) -> tuple[bool, bool]:
+def _fits(memory: MemoryEstimate, target: Target) -> tuple[bool, bool]:
     """Whether building and answering do, in what memory of the target is known (not the host's beside a GPU)."""
     free = target.memory_gb - (SYSTEM_BYTES / 1e9 if target.shared_memory else 0)
     needs = memory_needs(memory, target.shared_memory, free, None)

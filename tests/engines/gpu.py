@@ -19,7 +19,7 @@ from trt_bindings.host_cuda import HostDriver
 from sfexport.artifacts.manifest import Bundle
 from sfexport.graphs.cross_attention import DOMAIN, cross_attention_function
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT
-from sfexport.machines.machine import Cuda, Gpu, Machine, look
+from sfexport.machines.machine import Cuda, Gpu, Machine, detect_machine
 
 VERSIONS = ("10.3", "10.16", "11.4")
 ORIN = Gpu("Orin", 87, 16, 64.0)
@@ -61,14 +61,14 @@ def played_gpu(
     execution = HostExecution(driver, bundle.weights_directory, plugin_bodies()) if bundle else None
     made = Recorder(version, execute=execution, **recorder)
     machine = dataclasses.replace(
-        look(),
+        detect_machine(),
         jetson_model="NVIDIA Jetson AGX Orin Developer Kit",
         jetpack="6.2",
         memory_gb=64.0,
         cuda=Cuda(True, "540.4.0", "12.6", (ORIN,), None),
     )
     monkeypatch.setattr(cuda, "bindings", lambda: driver)
-    monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: machine)
+    monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: machine)
     monkeypatch.setattr("sfexport.engines.tensorrt.library.runtime_version", lambda: made.__version__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     for function in (cuda.initialise, cuda.device_sm, cuda.load_module):

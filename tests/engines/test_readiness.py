@@ -16,7 +16,7 @@ from sfexport.artifacts.manifest import Bundle
 from sfexport.artifacts.manifest_files import BUNDLE_FILE
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
-from sfexport.engines.memory import plan_memory
+from sfexport.engines.memory import estimate_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt import preflight as readiness
 from sfexport.exporting.export import ExportOptions, export
@@ -156,7 +156,7 @@ def test_a_quantised_build_for_a_board_that_cannot_allocate_the_head_whole(tmp_p
     seen = []
     inner = readiness.check_build
     monkeypatch.setattr(readiness, "check_build", lambda bundle, *rest: seen.append(bundle) or inner(bundle, *rest))
-    monkeypatch.setattr(readiness, "write_kit", lambda found, out: seen.append(readiness._script(found)))
+    monkeypatch.setattr(readiness, "write_build_directory", lambda found, out: seen.append(readiness._script(found)))
     asked = ("build", SHIPPED, "--check", "--target", "jetson-orin-nano-8", "--quantize", "int4", "--json")
     result = sfexport(*asked, "-o", tmp_path / "kit")
     assert result.exit_code == 0, result.stdout
@@ -174,7 +174,7 @@ def test_integer_weights_take_what_they_are_stored_in(tmp_path):
     sizes = []
     for name in ("floats", "integers"):
         bundle = Bundle.open(tmp_path / name)
-        memory = plan_memory(bundle, resolve_profiles(bundle, Limits(8)), mapped_weights=False)
+        memory = estimate_memory(bundle, resolve_profiles(bundle, Limits(8)), mapped_weights=False)
         sizes.append(sum(graph.weights for graph in memory.graphs))
         assert sizes[-1] == pytest.approx(bundle.weight_bytes(2), rel=0.01)
     assert sizes[1] < 0.6 * sizes[0]

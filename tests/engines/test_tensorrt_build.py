@@ -222,12 +222,12 @@ def test_what_is_missing_or_wrong_is_said_before_the_build(bundle, tmp_path, mon
         with pytest.raises(InputError, match=r"h100 \(SM 9\.0\) cannot be built on this machine's Orin \(SM 8\.7\)"):
             run(played, bundle, tmp_path / "engines", target=find_target("h100"))
         small = replace(played.machine, memory_gb=0.5)
-        monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: small)
+        monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: small)
         with pytest.raises(SfexportError, match=r"takes about .* [MG]B \(estimated\) and there are 500\.0 MB"):
             run(played, bundle, tmp_path / "engines")
         assert run(played, bundle, tmp_path / "forced", force=True)[0]["gpu"]["name"] == ORIN.name
         bare = replace(played.machine, cuda=replace(played.machine.cuda, gpus=()))
-        monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: bare)
+        monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: bare)
         with pytest.raises(SfexportError, match="no NVIDIA GPU"):
             run(played, bundle, tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
@@ -264,7 +264,7 @@ def test_what_cannot_be_built_here_is_refused_before_a_checkpoint_is_exported(tm
         assert "Engines for h100 (SM 9.0) cannot be built on this machine's Orin" in refused("--target", "h100")
         assert "holds no compiled kernels" in refused("--kernels", tmp_path)
         bare = replace(played.machine, cuda=replace(played.machine.cuda, gpus=()))
-        monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: bare)
+        monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: bare)
         assert "no NVIDIA GPU" in refused()
     said = refused("--backend", "onnxruntime", "--precision", "bf16")
     assert "ONNX Runtime cannot run bf16 graphs" in said
@@ -274,13 +274,13 @@ def test_a_gpu_that_no_kernel_is_made_for_gets_the_nodes_own_body(bundle, tmp_pa
     with played_gpu(monkeypatch, "10.3", tmp_path / "cache") as played:
         card = replace(ORIN, name="NVIDIA A10", sm=86)
         other = replace(played.machine, jetson_model=None, cuda=replace(played.machine.cuda, gpus=(card,)))
-        monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: other)
+        monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: other)
         content, lines = run(played, bundle, tmp_path / "engines")
         assert content["plugin"] is None and content["target"] == "sm86"
         (warning,) = [line for line in lines if "without the cross-attention plugin" in line]
         assert "not compiled for SM 8.6" in warning
         old = replace(played.machine, cuda=replace(played.machine.cuda, gpus=(replace(ORIN, name="T4", sm=75),)))
-        monkeypatch.setattr("sfexport.engines.tensorrt.build.look", lambda: old)
+        monkeypatch.setattr("sfexport.engines.tensorrt.build.detect_machine", lambda: old)
         with pytest.raises(InputError, match=r"no kernels for compute capability 7\.5"):
             run(played, bundle, tmp_path / "more")
 

@@ -22,9 +22,9 @@ from sfexport.kernels.launch_config import (
     HEAD_DIMS,
     SMS,
     Integers,
+    combine_launch,
     combine_outputs,
-    plan_combine,
-    plan_split,
+    split_launch,
     split_outputs,
     tiles_for,
 )
@@ -79,13 +79,13 @@ def test_kernels_that_do_not_exist_are_refused(dtype, head_dim, sm):
 def test_launches_cover_all_rows_and_fill_without_crumbs(batch, kv_heads, group, sequence, slow, multiprocessors, sm):
     tiles = tiles_for("fp16", 128, sm)
     query, key = (batch, kv_heads * group, sequence, 128), (batch, kv_heads, slow, 128)
-    split = plan_split(Integers(), query, key, tiles, multiprocessors)
+    split = split_launch(Integers(), query, key, tiles, multiprocessors)
     row_tiles, splits, pairs = split.grid
     assert row_tiles * tiles.rows >= group * sequence > (row_tiles - 1) * tiles.rows
     assert pairs == batch * kv_heads and 1 <= splits <= max(1, -(-slow // 128))
     assert splits == 1 or -(-group * sequence // 64) * splits * pairs <= 2 * multiprocessors
     partial, logsumexp = split_outputs(Integers(), query, key, multiprocessors)
     assert partial == (pairs, splits, group * sequence, 128) and logsumexp == partial[:3]
-    combine = plan_combine(Integers(), query, partial)
+    combine = combine_launch(Integers(), query, partial)
     assert combine.arguments == (sequence, splits, group)
     assert combine_outputs(Integers(), query) == ((batch, sequence, kv_heads * group * 128),)

@@ -7,8 +7,8 @@ held in a variable or an attribute of the name that VARIABLES lists. So
 trt.BuilderFlag`, `error = parser.get_error(0)`) is followed. A file with a class of its own of such a name (`class
 Engine`) means that one where the attribute is the class's.
 
-What not every version has is named by the file itself, in module constants: SINCE = {"IProgressMonitor": "10.0"} is
-used from that version on, UNTIL = {"BuilderFlag.FP16": "11.0"} only before. An entry covers what lies below it.
+What not every version has is named by the caller: since={"IProgressMonitor": "10.0"} is used from that version on,
+until={"BuilderFlag.FP16": "11.0"} only before. An entry covers what lies below it.
 `getattr` with a default and `hasattr` ask first and need no entry.
 """
 
@@ -30,7 +30,7 @@ VARIABLES = {
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
     "cache": "ITimingCache",
-    "plan": "IHostMemory",
+    "serialized": "IHostMemory",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
@@ -42,7 +42,7 @@ Names = Mapping[str, str]
 
 @dataclass
 class Usage:
-    """`where` maps a dotted name to the places that use it ('file.py:12'); the other two are SINCE and UNTIL."""
+    """`where` maps a dotted name to the places that use it ('file.py:12'); the other two are collect's."""
 
     where: dict[str, list[str]] = field(default_factory=dict)
     since: dict[str, str] = field(default_factory=dict)
@@ -59,22 +59,26 @@ class Usage:
         )
 
     def unused(self) -> list[str]:
-        """Entries of SINCE and UNTIL that cover nothing: left behind by a change, or misspelt."""
+        """Entries of `since` and `until` that cover nothing: left behind by a change, or misspelt."""
         entries = {*self.since, *self.until}
         return sorted(e for e in entries if not any(name == e or name.startswith(e + ".") for name in self.where))
 
 
-def collect(paths: Iterable[Path], special: Mapping[str, Names] | None = None) -> Usage:
+def collect(
+    paths: Iterable[Path],
+    special: Mapping[str, Names] | None = None,
+    since: Names | None = None,
+    until: Names | None = None,
+) -> Usage:
     """Read files.
 
     Args:
         special: by file name, variables that mean something else there ('' for: nothing of TensorRT's).
+        since: the version from which on a name is used. until: the version that uses it no more.
     """
-    usage = Usage()
+    usage = Usage(since=dict(since or {}), until=dict(until or {}))
     for path in paths:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        usage.since |= _constant(tree, "SINCE")
-        usage.until |= _constant(tree, "UNTIL")
         variables = VARIABLES | MODULES | (special or {}).get(path.name, {})
         for name, line in _Reader(variables, _own_members(tree)).read(tree):
             usage.where.setdefault(name, []).append(f"{path.name}:{line}")
@@ -185,14 +189,6 @@ def _own_members(tree: ast.Module) -> dict[str, set[str]]:
 
 def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
-
-
-def _constant(tree: ast.Module, name: str) -> dict[str, str]:
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
-    return {}
 
 
 def _covering(entries: Names, name: str) -> list[str]:

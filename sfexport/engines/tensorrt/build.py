@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from sfexport.artifacts.manifest import GRAPHS, Bundle
-from sfexport.engines.memory import MemoryPlan, plan_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine, timing_cache_file
@@ -25,7 +25,7 @@ from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PluginSettings, count_cross_attention, with_plugin_nodes
 from sfexport.kernels.compile import Kernel, compile_kernels
 from sfexport.kernels.store import StoredKernels, save_kernels
-from sfexport.machines.machine import Gpu, Machine, look
+from sfexport.machines.machine import Gpu, Machine, detect_machine
 from sfexport.machines.targets import Target, kernel_ptx_isa, match_machine
 from sfexport.printable import sizes_text
 from sfexport.progress import OnProgress, OnStep
@@ -121,7 +121,7 @@ def check_machine(options: TensorRTOptions) -> tuple[Any, Machine, Gpu]:
     """
     trt = library()
     check_driver()
-    machine = look()
+    machine = detect_machine()
     gpu = _this_gpu(machine)
     _check_target(options.target, gpu)
     kernel_ptx_isa(gpu.sm)
@@ -153,8 +153,8 @@ def check_build_memory(
     Raises:
         SfexportError: naming both sizes.
     """
-    plan = plan_memory(bundle, profiles, maps_weights(tensorrt_version))
-    for what, needs, has in memory_needs(plan, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
+    estimate = estimate_memory(bundle, profiles, maps_weights(tensorrt_version))
+    for what, needs, has in memory_needs(estimate, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
         if has is not None and needs > has:
             takes, there = sizes_text(1e9 * needs, 1e9 * has)
             raise SfexportError(
@@ -164,16 +164,16 @@ def check_build_memory(
 
 
 def memory_needs(
-    plan: MemoryPlan, shared: bool, device_gb: float | None, host_gb: float | None
+    estimate: MemoryEstimate, shared: bool, device_gb: float | None, host_gb: float | None
 ) -> list[tuple[str, float, float | None]]:
     """(what, needed, available) in 10^9 bytes. `shared`: CPU and GPU have one memory, of which `host_gb` speaks."""
     if shared:
         total = host_gb if host_gb is not None else device_gb
-        return [("Building", plan.build / 1e9, total), ("Answering", plan.run / 1e9, total)]
+        return [("Building", estimate.build / 1e9, total), ("Answering", estimate.run / 1e9, total)]
     return [
-        ("Building, on the GPU,", plan.build_device / 1e9, device_gb),
-        ("Building, on the host,", plan.build_host / 1e9, host_gb),
-        ("Answering, on the GPU,", plan.run / 1e9, device_gb),
+        ("Building, on the GPU,", estimate.build_device / 1e9, device_gb),
+        ("Building, on the host,", estimate.build_host / 1e9, host_gb),
+        ("Answering, on the GPU,", estimate.run / 1e9, device_gb),
     ]
 
 

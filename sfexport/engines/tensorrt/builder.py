@@ -1,6 +1,6 @@
 """ONNX graph -> serialised TensorRT engine: network, parser, profiles, configuration, timing cache, progress.
 
-Uses the part of TensorRT's API that is the same from 10.3 to 11.4; what came later is in SINCE and asked for by name.
+Uses the part of TensorRT's API that is the same from 10.3 to 11.4; what came later is asked for by name (hasattr).
 Networks are strongly typed: precision is the graph's own.
 """
 
@@ -23,13 +23,6 @@ from sfexport.engines.tensorrt.library import Log, make_logger
 from sfexport.errors import SfexportError
 from sfexport.progress import OnProgress, no_progress
 
-SINCE = {
-    "OnnxParser.load_model_proto": "10.13",
-    "OnnxParser.load_initializer": "10.13",
-    "OnnxParser.parse_model_proto": "10.13",
-    "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": "10.9",
-}
-
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -37,14 +30,12 @@ class BuildOptions:
 
     Attributes:
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: TensorRT's default.
-        workspace: bytes of scratch memory that a tactic may take; None: TensorRT's default, all there is.
         timing_cache: file of timings of earlier builds, read and written; None: none.
         tf32: let float32 products drop to TF32: right for the float32 islands of a 16-bit graph, wrong for a graph
             that was exported in float32 for its accuracy.
     """
 
     optimization_level: int | None = None
-    workspace: int | None = None
     timing_cache: Path | None = None
     tf32: bool = True
 
@@ -73,20 +64,20 @@ def build_engine(
         if not weights.parse():
             raise SfexportError(_parser_problem(parser, graph, logger))
         builder_config = builder.create_builder_config()
-        _configure(trt, builder, builder_config, options)
+        _configure(trt, builder_config, options)
         for profile in profiles:
             builder_config.add_optimization_profile(_make_profile(builder, network, profile))
         monitor = _make_monitor(trt, on_progress)
         builder_config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, builder_config)
+        serialized = builder.build_serialized_network(network, builder_config)
     if monitor.interrupted:
         raise KeyboardInterrupt
-    if plan is None:
+    if serialized is None:
         raise SfexportError(
             f"TensorRT cannot build the {graph.stem}: {_last(logger.errors)}",
             "If memory ran out, close other programs or build with fewer --frames.",
         )
-    out.write_bytes(memoryview(plan))
+    out.write_bytes(memoryview(serialized))
     _keep_timings(builder_config, options)
 
 
@@ -175,9 +166,7 @@ def _last(errors: list[str]) -> str:
     return errors[-1] if errors else "it gives no reason"
 
 
-def _configure(trt: Any, builder: Any, builder_config: Any, options: BuildOptions) -> None:
-    if options.workspace is not None:
-        builder_config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+def _configure(trt: Any, builder_config: Any, options: BuildOptions) -> None:
     if options.optimization_level is not None:
         builder_config.builder_optimization_level = options.optimization_level
     if not options.tf32:

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 
 from sfexport.errors import MissingDependency, SfexportError
-from sfexport.versions import OLDEST, version_text
+from sfexport.versions import CUDA_OF_TENSORRT_PACKAGE, OLDEST, version_text
 
-INSTALL = f"pip install 'cuda-python>={version_text(OLDEST['cuda-python'])}' (below 13 with a driver for CUDA 12)"
+_MAJOR = CUDA_OF_TENSORRT_PACKAGE[0]
+INSTALL = (
+    f"pip install 'cuda-python>={version_text(OLDEST['cuda-python'])}' "
+    f"(below {_MAJOR} with a driver for CUDA {_MAJOR - 1})"
+)
 NO_DRIVER = "On a Jetson it comes with JetPack; elsewhere install NVIDIA's driver. See `sfexport doctor`."
 
 

@@ -30,7 +30,7 @@ from sfexport.engines.tensorrt.parser_rules import (
 )
 from sfexport.errors import InputError
 from sfexport.tables import read_table
-from sfexport.versions import version_numbers, version_text
+from sfexport.versions import OLDEST_JETPACK, version_numbers, version_text
 
 PLUGIN_ATTRIBUTES = frozenset({"plugin_namespace", "plugin_version"})
 _Key = tuple[str, str]  # a node's domain and operator
@@ -99,7 +99,7 @@ def support_for(version: str) -> ParserSupport:
     if not known:
         raise InputError(
             f"TensorRT {version} is older than {rows[0].row}, the oldest version sfexport's graphs are for.",
-            "JetPack 6.1 and later have it.",
+            f"JetPack {version_text(OLDEST_JETPACK)} and later have it.",
         )
     return replace(known[-1], version=version_text(wanted))
 

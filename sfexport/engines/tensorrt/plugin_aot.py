@@ -9,8 +9,6 @@ from sfexport.engines.tensorrt.plugin_operations import KernelSource, Operation,
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, SPLIT, PluginSettings
 
-SINCE = {"plugin": "10.9"}  # what is used of TensorRT, and from which version on
-
 
 def register(trt: Any, operation: Operation, source: KernelSource) -> None:
     """Register `operation` as a quick plugin with only an ahead-of-time implementation."""

@@ -11,11 +11,11 @@ from sfexport.graphs.plugin_nodes import COMBINE, SPLIT, PluginSettings
 from sfexport.kernels.compile import Kernel
 from sfexport.kernels.launch_config import (
     Arithmetic,
-    Launch,
+    LaunchConfig,
     Shapes,
+    combine_launch,
     combine_outputs,
-    plan_combine,
-    plan_split,
+    split_launch,
     split_outputs,
     tiles_for,
 )
@@ -44,12 +44,14 @@ class Operation:
             return combine_outputs(arithmetic, shapes[0])
         return split_outputs(arithmetic, shapes[0], shapes[1], settings.multiprocessors)
 
-    def launch(self, arithmetic: Arithmetic, shapes: Sequence[Any], dtype: str, settings: PluginSettings) -> Launch:
+    def launch(
+        self, arithmetic: Arithmetic, shapes: Sequence[Any], dtype: str, settings: PluginSettings
+    ) -> LaunchConfig:
         """The launch for the inputs' shapes (integers or symbols)."""
         if self.name == COMBINE:
-            return plan_combine(arithmetic, shapes[0], shapes[1])
+            return combine_launch(arithmetic, shapes[0], shapes[1])
         tiles = tiles_for(dtype, settings.head_dim, settings.sm)
-        return plan_split(arithmetic, shapes[0], shapes[1], tiles, settings.multiprocessors)
+        return split_launch(arithmetic, shapes[0], shapes[1], tiles, settings.multiprocessors)
 
     def kernel(self, source: KernelSource, dtype: str, settings: PluginSettings) -> Kernel:
         split, combine = source(dtype, settings.head_dim, settings.sm, settings.ptx_isa)

@@ -16,7 +16,7 @@ import onnx
 from sfexport.artifacts.atomic import new_directory
 from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
-from sfexport.engines.memory import MemoryPlan, plan_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
 from sfexport.engines.tensorrt.parser_support import ParserSupport, check_graph, support_for
@@ -27,11 +27,11 @@ from sfexport.kernels.store import save_kernels
 from sfexport.machines.targets import Target, kernel_ptx_isa, newest_ptx_isa
 from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, maps_weights, version_text
 
-KIT_FILE = "check.json"
+BUILD_FILE = "check.json"
 
 
 @dataclass(frozen=True)
-class Line:
+class PreflightCheck:
     """One thing checked. `passed` None: it could not be checked here, and `found` says why."""
 
     subject: str
@@ -52,14 +52,14 @@ class Readiness:
     limits: Limits
     precision: str
     quantize: str | None
-    lines: tuple[Line, ...]
+    checks: tuple[PreflightCheck, ...]
     profiles: dict[str, list[Profile]]
-    memory: MemoryPlan
+    memory: MemoryEstimate
     kernels: tuple[Kernel, ...] = field(repr=False)
 
     @property
     def passed(self) -> bool:
-        return all(line.passed is not False for line in self.lines)
+        return all(check.passed is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
         kernels = [{k: v for k, v in asdict(kernel).items() if k != "ptx"} for kernel in self.kernels]
@@ -69,14 +69,14 @@ class Readiness:
             "limits": asdict(self.limits),
             "precision": self.precision,
             "quantize": self.quantize,
-            "checks": [asdict(line) | {"verdict": line.verdict} for line in self.lines],
+            "checks": [asdict(check) | {"verdict": check.verdict} for check in self.checks],
             "profiles": {g: [asdict(p) for p in profiles] for g, profiles in self.profiles.items()},
             "memory": self.memory.to_json(),
             "kernels": kernels,
         }
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        return [(line.subject, line.checked, line.found, line.verdict) for line in self.lines]
+        return [(check.subject, check.checked, check.found, check.verdict) for check in self.checks]
 
 
 def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Readiness:
@@ -88,26 +88,26 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
     support = support_for(target.tensorrt)
-    memory = plan_memory(bundle, profiles, maps_weights(target.tensorrt))
-    kernel_lines, kernels = _check_kernels(bundle, target, options)
-    lines = [
+    memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt))
+    kernel_checks, kernels = _check_kernels(bundle, target, options)
+    checks = [
         _check_precision(bundle, target),
         *_check_graphs(bundle, target, support, plugin=bool(kernels)),
-        *kernel_lines,
+        *kernel_checks,
         *_check_profiles(profiles),
         *_check_memory(memory, target),
     ]
     quantize = bundle.content["options"].get("quantize")
-    return Readiness(target, limits, bundle.precision, quantize, tuple(lines), profiles, memory, kernels)
+    return Readiness(target, limits, bundle.precision, quantize, tuple(checks), profiles, memory, kernels)
 
 
-def _check_precision(bundle: Bundle, target: Target) -> Line:
+def _check_precision(bundle: Bundle, target: Target) -> PreflightCheck:
     wanted = [bundle.precision, *(["int4"] if bundle.quantization else [])]
     passed = set(wanted) <= set(target.precisions)
-    return Line("precision", f"{target.name} computes in it", " with ".join(wanted), passed)
+    return PreflightCheck("precision", f"{target.name} computes in it", " with ".join(wanted), passed)
 
 
-def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[Line]:
+def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[PreflightCheck]:
     for name in GRAPHS:
         model = onnx.load(bundle.graph_file(name), load_external_data=False)
         if plugin:
@@ -116,12 +116,16 @@ def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin
         checked = f"nodes, types and opset against TensorRT {target.tensorrt}"
         opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
         if not gaps:
-            yield Line(name, checked, f"{len(model.graph.node)} nodes, opset {opset} of {support.opset}", True)
+            yield PreflightCheck(
+                name, checked, f"{len(model.graph.node)} nodes, opset {opset} of {support.opset}", True
+            )
         for gap in gaps:
-            yield Line(name, checked, str(gap), False)
+            yield PreflightCheck(name, checked, str(gap), False)
 
 
-def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> tuple[list[Line], tuple[Kernel, ...]]:
+def _check_kernels(
+    bundle: Bundle, target: Target, options: TensorRTOptions
+) -> tuple[list[PreflightCheck], tuple[Kernel, ...]]:
     if not bundle.config.slow_fast.hybrid_layers:
         return [], ()
     isa = kernel_ptx_isa(target.sm)
@@ -131,67 +135,71 @@ def _check_kernels(bundle: Bundle, target: Target, options: TensorRTOptions) -> 
         kernels = source(bundle.precision, bundle.config.text.head_dim, target.sm, isa)
     except (MissingDependency, InputError) as error:
         if isinstance(error, InputError) and options.kernels is not None:
-            return [Line("plugin kernels", checked, error.paragraph(), False)], ()
-        return [Line("plugin kernels", checked, error.paragraph(), None)], ()
+            return [PreflightCheck("plugin kernels", checked, error.paragraph(), False)], ()
+        return [PreflightCheck("plugin kernels", checked, error.paragraph(), None)], ()
     except SfexportError as error:
-        return [Line("plugin kernels", checked, error.paragraph(), False)], ()
+        return [PreflightCheck("plugin kernels", checked, error.paragraph(), False)], ()
     newest = newest_ptx_isa(target.cuda)
     takes = f"driver of CUDA {target.cuda} takes PTX {newest / 10:.1f}"
-    lines = [Line("plugin kernels", takes, f"PTX {isa / 10:.1f}", isa <= newest)]
-    lines += [_kernel_line(kernel, checked) for kernel in kernels]
+    checks = [PreflightCheck("plugin kernels", takes, f"PTX {isa / 10:.1f}", isa <= newest)]
+    checks += [_kernel_check(kernel, checked) for kernel in kernels]
     plugin = "ahead of time" if has_aot_plugins(target.tensorrt) else "Python"
     if aot_needs_old_numpy(target.tensorrt):
         plugin += f" with NumPy before {version_text(NEW_NUMPY)}, else Python"
-    lines.append(Line("plugin", f"kind for TensorRT {target.tensorrt}", plugin, True))
-    return lines, kernels
+    checks.append(PreflightCheck("plugin", f"kind for TensorRT {target.tensorrt}", plugin, True))
+    return checks, kernels
 
 
-def _kernel_line(kernel: Kernel, checked: str) -> Line:
+def _kernel_check(kernel: Kernel, checked: str) -> PreflightCheck:
     ptxas = find_ptxas(kernel.sm)
     if ptxas is None:
-        return Line(kernel.name, checked, f"{kernel.shared} bytes of shared memory; no ptxas here to assemble it", None)
+        return PreflightCheck(
+            kernel.name, checked, f"{kernel.shared} bytes of shared memory; no ptxas here to assemble it", None
+        )
     try:
         used = assemble(kernel, ptxas)
     except SfexportError as error:
-        return Line(kernel.name, checked, error.paragraph(), False)
+        return PreflightCheck(kernel.name, checked, error.paragraph(), False)
     shared = kernel.shared + used.static_shared
     found = f"{used.registers} registers, {shared / 1024:.1f} KB shared, {used.spill_stores} bytes spilled"
-    return Line(kernel.name, checked, found, shared <= SHARED_LIMIT)
+    return PreflightCheck(kernel.name, checked, found, shared <= SHARED_LIMIT)
 
 
-def _check_profiles(profiles: dict[str, list[Profile]]) -> Iterator[Line]:
+def _check_profiles(profiles: dict[str, list[Profile]]) -> Iterator[PreflightCheck]:
     for graph, by_name in profiles.items():
         for profile in by_name:
             ordered = all(a <= b <= c for t in profile.tensors for a, b, c in zip(t.min, t.opt, t.max, strict=True))
             first = profile.tensors[0]
             found = f"{len(profile.tensors)} tensors; {first.name} {list(first.min)} to {list(first.max)}"
-            yield Line(graph, f"shapes of profile {profile.name}", found, ordered)
+            yield PreflightCheck(graph, f"shapes of profile {profile.name}", found, ordered)
 
 
-def _check_memory(memory: MemoryPlan, target: Target) -> Iterator[Line]:
+def _check_memory(memory: MemoryEstimate, target: Target) -> Iterator[PreflightCheck]:
     device, host = target.memory_gb, target.memory_gb if target.shared_memory else None
     for what, needs, has in memory_needs(memory, target.shared_memory, device, host):
         if has is None:
-            yield Line(
+            yield PreflightCheck(
                 "memory", f"{what} fits", f"about {needs:.1f} GB (estimated); the host's memory is not known", None
             )
         else:
-            yield Line("memory", f"{what} fits", f"about {needs:.1f} GB of {has:g} GB (estimated)", needs <= has)
+            yield PreflightCheck(
+                "memory", f"{what} fits", f"about {needs:.1f} GB of {has:g} GB (estimated)", needs <= has
+            )
 
 
-def write_kit(readiness: Readiness, out: Path) -> None:
+def write_build_directory(readiness: Readiness, out: Path) -> None:
     """A directory to take to the device: kernels, a script that builds there, and a page that says how.
 
     Raises:
         InputError: the output cannot be written or holds something else.
     """
-    with new_directory(out, KIT_FILE) as directory:
+    with new_directory(out, BUILD_FILE) as directory:
         names = [*save_kernels(directory, readiness.kernels), "build.sh", "README.md"]
         script = directory / "build.sh"
         script.write_text(_script(readiness))
         script.chmod(0o755)
         (directory / "README.md").write_text(_page(readiness))
-        write_manifest(directory / KIT_FILE, readiness.to_json() | {"files": describe_files(directory, names)})
+        write_manifest(directory / BUILD_FILE, readiness.to_json() | {"files": describe_files(directory, names)})
 
 
 def _script(readiness: Readiness) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sfexport import console
-from sfexport.doctor.checks import MISSING, Line, checks_for
+from sfexport.doctor.checks import MISSING, DoctorCheck, checks_for
 from sfexport.machines.machine import Machine
 from sfexport.machines.targets import Target, match_machine
 
@@ -14,7 +14,7 @@ ONNXRUNTIME_NEEDS = {"Python", "onnxruntime"}
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """What was found.
 
     Attributes:
@@ -26,11 +26,11 @@ class Report:
     target: str | None
     nvidia: bool
     asked: bool
-    lines: tuple[Line, ...]
+    checks: tuple[DoctorCheck, ...]
 
     @property
     def missing(self) -> list[str]:
-        return [line.name for line in self.lines if line.verdict == MISSING]
+        return [check.name for check in self.checks if check.verdict == MISSING]
 
     @property
     def can_build(self) -> bool:
@@ -66,11 +66,11 @@ class Report:
             "target": self.target,
             "can_build": self.can_build,
             "can_run_onnxruntime": self.can_run_onnxruntime,
-            "lines": [asdict(line) for line in self.lines],
+            "lines": [asdict(check) for check in self.checks],
         }
 
 
-def examine(machine: Machine, target: Target | None = None) -> Report:
+def examine(machine: Machine, target: Target | None = None) -> Diagnosis:
     """Judge a machine.
 
     Args:
@@ -81,17 +81,17 @@ def examine(machine: Machine, target: Target | None = None) -> Report:
     asked = target is not None
     if target is None or (here and here.name == target.name):
         target = here
-    lines = (check(machine, target) for check in checks_for(machine))
+    checks = (check(machine, target) for check in checks_for(machine))
     name = target.name if target else None
-    return Report(name, machine.cuda.device, asked, tuple(line for line in lines if line is not None))
+    return Diagnosis(name, machine.cuda.device, asked, tuple(found for found in checks if found is not None))
 
 
-def show(report: Report) -> None:
-    """The table, what to do about its lines, and the verdict, on stdout."""
-    title = f"this machine, for {report.target}" if report.target else "this machine"
-    rows = [(line.verdict, line.name, line.seen, line.expected) for line in report.lines]
+def show(diagnosis: Diagnosis) -> None:
+    """Print the table of checks, the fixes and the verdict on stdout."""
+    title = f"this machine, for {diagnosis.target}" if diagnosis.target else "this machine"
+    rows = [(check.verdict, check.name, check.seen, check.expected) for check in diagnosis.checks]
     console.table(title, ("", "", "seen", "expected"), rows)
-    if fixes := [(line.name, line.fix) for line in report.lines if line.fix]:
+    if fixes := [(check.name, check.fix) for check in diagnosis.checks if check.fix]:
         console.table("what to do", ("", ""), fixes)
-    for sentence in report.summary():
+    for sentence in diagnosis.summary():
         console.result(sentence)
