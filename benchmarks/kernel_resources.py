@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sfexport.dtypes import PRECISIONS
 from sfexport.kernels.compile import assemble, compile_kernels, find_ptxas, triton_version
-from sfexport.kernels.launch_config import DTYPES, HEAD_DIMS, SMS, tiles_for
+from sfexport.kernels.launch_config import HEAD_DIMS, SMS, tiles_for
 from sfexport.machines.targets import kernel_ptx_isa
 
 HEADER = ("SM", "type", "head", "rows x tokens", "warps", "stages", "kernel", "registers", "shared KB", "spilled bytes")
@@ -19,7 +20,7 @@ def rows(head_dims: tuple[int, ...]) -> list[tuple[str, ...]]:
     """One row per kernel; 'no ptxas' where there is none for that SM."""
     out = []
     for sm in SMS:
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             for head_dim in head_dims:
                 tiles = tiles_for(dtype, head_dim, sm)
                 for kernel in compile_kernels(dtype, head_dim, sm, kernel_ptx_isa(sm)):

@@ -26,6 +26,7 @@ from sparse_checkpoint import QWEN2_7B, bf16_header  # noqa: E402
 
 from sfexport.checkpoint.config import ModelConfig  # noqa: E402
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower  # noqa: E402
+from sfexport.dtypes import Precision
 from sfexport.testing.random_checkpoint import (  # noqa: E402
     IMAGE_SIZE,
     TOWER,
@@ -33,7 +34,6 @@ from sfexport.testing.random_checkpoint import (  # noqa: E402
     generation_config,
     preprocessor_config,
     random_tensor,
-    to_bf16,
 )
 from sfexport.testing.tokenizer import tokenizer_config, train_tokenizer  # noqa: E402
 
@@ -100,7 +100,7 @@ def _write_shard(file: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> N
         for name, shape in shapes.items():
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             for rows in _row_chunks(shape):
-                out.write(to_bf16(random_tensor(name, rows, rng)).tobytes())
+                out.write(Precision.BF16.from_float32(random_tensor(name, rows, rng)).tobytes())
 
 
 def _row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor
 from sfexport.checkpoint.config import MODEL_TYPE, ModelConfig
+from sfexport.dtypes import Precision
 from sfexport.errors import CheckpointError
-from sfexport.testing.random_checkpoint import to_bf16
 
 # Headers.
 
@@ -226,7 +226,7 @@ def test_layer_scale_may_be_called_gamma(tree: Tree, tmp_path: Path) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4097])
 def test_rows_come_out_as_float32(dtype: str, offset: int, tmp_path: Path) -> None:
     table = np.arange(-6, 6, dtype=np.float32).reshape(4, 3)
-    stored = {"F32": table, "F16": table.astype(np.float16), "BF16": to_bf16(table)}[dtype]
+    stored = {"F32": table, "F16": table.astype(np.float16), "BF16": Precision.BF16.from_float32(table)}[dtype]
     shard = tmp_path / "shard"
     shard.write_bytes(bytes(offset) + stored.tobytes())
     tensor = Tensor("t", dtype, (4, 3), shard, offset, stored.nbytes)

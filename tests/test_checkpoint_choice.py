@@ -27,11 +27,12 @@ from helpers import (
 )
 
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.dtypes import Precision
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 from sfexport.errors import CheckpointError
 from sfexport.exporting.export import ExportOptions, export
-from sfexport.testing.random_checkpoint import to_bf16, write_random_checkpoint
+from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 SINGLE = "model.safetensors"
 LAYER = "model.layers.1.self_attn."
@@ -40,7 +41,8 @@ HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 def bf16(*shape: int, seed: int = 0) -> tuple[str, list[int], bytes]:
     """A random tensor as `change_tensors` takes it."""
-    return "BF16", list(shape), to_bf16(np.random.default_rng(seed).standard_normal(shape, np.float32)).tobytes()
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return "BF16", list(shape), Precision.BF16.from_float32(values).tobytes()
 
 
 def as_one_file(checkpoint: Path, out: Path) -> None:

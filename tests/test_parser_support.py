@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.vision_tower import VitTower
 from sfexport.demo.shipped import SHIPPED
+from sfexport.dtypes import Precision
 from sfexport.engines.tensorrt.parser_support import Gap, check_graph, support_for
 from sfexport.errors import InputError
 from sfexport.exporting.export import build_graphs
-from sfexport.exporting.rounding import encode
 from sfexport.testing.random_checkpoint import TOWER, write_random_checkpoint
 
 VERSIONS = ["10.3", "10.9", "10.13", "10.16", "11.4"]
@@ -336,7 +336,7 @@ def test_scales_that_lie_in_a_file(kind: str, tmp_path: Path) -> None:
     model.graph.output[0].type.tensor_type.elem_type = number
     for wrong in (False, True):
         values = np.array([1.0, 2.0, 0.0 if wrong else 3.0, 4.0], np.float32)
-        (tmp_path / "weights").write_bytes(bytes(8) + encode(values, kind).tobytes())
+        (tmp_path / "weights").write_bytes(bytes(8) + Precision.from_safetensors(kind).from_float32(values).tobytes())
         found = check_graph(model, "graph", support_for("10.3"), weights=tmp_path)
         assert [gap.node for gap in found] == (["planted"] if wrong else [])
         assert gaps(model) == [], "not looked at without the directory"

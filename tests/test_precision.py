@@ -17,7 +17,7 @@ from golden_data import Golden, goldens
 from helpers import assert_says, document, edit_json, sfexport
 from rounding import RoundedGolden, RoundedGraph
 
-from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, Bundle
+from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.checkpoint.vision_tower import Tower, VitTower
@@ -26,6 +26,7 @@ from sfexport.comparing.run import run_parity
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
+from sfexport.dtypes import PRECISIONS
 from sfexport.engines.build import build
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.onnxruntime_backend import check_precision

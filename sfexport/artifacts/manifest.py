@@ -33,8 +33,6 @@ from sfexport.checkpoint.vision_tower import tower_from_sizes
 from sfexport.errors import BundleError, CheckpointError, InputError
 
 GRAPHS = ("vision_encoder", "compressor", "decoder")
-# What graphs compute in, and the bytes of one such number.
-PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
 # What a decoder's linear weights can be rounded to.
 QUANTIZATIONS = ("int4",)
 # Weights held as integers, by how they became so ('taken': the checkpoint had them), and the bits of each.
@@ -154,7 +152,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """What the graphs compute in: a key of PRECISIONS."""
+        """What the graphs compute in: one of PRECISIONS."""
         return self.content["options"]["precision"]
 
     @property

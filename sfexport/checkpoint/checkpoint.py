@@ -20,17 +20,17 @@ from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig
 from sfexport.checkpoint.config_fields import ConfigFields
 from sfexport.checkpoint.generation_config import generation_notes
 from sfexport.checkpoint.image_processor import ImageProcessorConfig, image_notes
-from sfexport.checkpoint.safetensors import DTYPE_BYTES, Shard, Tensor, read_shard
+from sfexport.checkpoint.safetensors import Shard, Tensor, read_shard
 from sfexport.checkpoint.small_files import is_present, read_json, read_optional_json
 from sfexport.checkpoint.tokenizer_files import tokenizer_notes
 from sfexport.checkpoint.vision_tower import Tower, VitTower, read_tower
 from sfexport.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, choose_weights, refuse_adapter
+from sfexport.dtypes import Precision
 from sfexport.errors import CheckpointError
 from sfexport.fields import shown, unknown_fields
 from sfexport.values import as_path
 
 __all__ = [
-    "DTYPE_BYTES",
     "INDEX_FILE",
     "NO_NUMBERS",
     "SIDE_FILES",
@@ -55,7 +55,7 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-READABLE = ("F32", "F16", "BF16")
+READABLE = tuple(precision.safetensors for precision in Precision)
 _NAMED = 6  # names in a line
 HEAD = "lm_head.weight"
 # Stored by the reference or by transformers, and never used.

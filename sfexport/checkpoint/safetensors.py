@@ -1,13 +1,15 @@
-"""Read safetensors headers: where each tensor lies in its file.
+"""Read and write safetensors headers: where each tensor lies in its file.
 
-What the safetensors library refuses is refused here; of the data nothing is read.
+What the safetensors library refuses is refused here; of the data nothing is read or written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sfexport.checkpoint.config import TOWER_PREFIX
+from sfexport.dtypes import SAFETENSORS_BITS, SAFETENSORS_BYTES, Precision
 from sfexport.errors import CheckpointError
 from sfexport.fields import shown
 
-# Bits of an element. The library's own dtypes, also those that the model cannot use.
-DTYPE_BITS = {
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
-    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16},
-    **{"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64},
-}
-DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 _LARGEST = 2**64 - 1
 _ENTRY = {"dtype", "shape", "data_offsets"}
@@ -46,17 +42,14 @@ class Tensor:
     def rows(self, index: np.ndarray | None = None) -> np.ndarray:
         """The tensor, or its rows `index`, as float32, read from the mapped file.
 
-        Only the rows asked for are copied. bfloat16 has no NumPy type: its bits are the upper half of a float32.
+        Only the rows asked for are copied.
         """
-        values = np.array(self._mapped if index is None else self._mapped[index])
-        if self.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32)
+        return np.array(self._mapped if index is None else self._mapped[index]).astype(np.float32)
 
     @cached_property
     def _mapped(self) -> np.ndarray:
-        """The stored values in the mapped file (bfloat16 as uint16); mapped once, since decoding asks per token."""
-        stored = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
+        """The stored values in the mapped file; mapped once, since decoding asks per token."""
+        stored = Precision.from_safetensors(self.dtype).numpy
         mapped = np.memmap(self.shard, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
         return mapped.view(stored).reshape(self.shape)
 
@@ -87,6 +80,33 @@ def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
     tensors = _parse_header(header, real, path)
     _check_layout(tensors, 8 + len(header), found.st_size, path)
     return Shard(name, real, found.st_size), {tensor.name: tensor for tensor in tensors}
+
+
+def write_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: Path, author: str
+) -> tuple[bytes, dict[str, Tensor]]:
+    """Lay tensors out in a safetensors file, one after the other; the file's first bytes, and where each tensor goes.
+
+    The safetensors library writes arrays that are all in memory; files here are filled in tensor by tensor.
+
+    Args:
+        tensors: name, dtype and shape of each, widest dtypes first, so that each is aligned.
+        author: the file's metadata entry 'format'.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": author}}
+    tensors, offset = list(tensors), 0
+    for name, dtype, shape in tensors:
+        length = math.prod(shape) * SAFETENSORS_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    places = {}
+    for name, dtype, shape in tensors:
+        begin, end = entries[name]["data_offsets"]
+        places[name] = Tensor(name, dtype, shape, file, len(header) + begin, end - begin)
+    return header, places
 
 
 def _read_header(file: BinaryIO, path: Path) -> bytes:
@@ -158,8 +178,8 @@ def _tensor(name: str, entry: dict[str, Any], shard: Path, data_start: int) -> T
         raise ValueError(f"'{name}' has shape {list(shape)} and data offsets {[begin, end]}")
     if _LAYER_SCALE.match(name):  # timm's and open_clip's spelling of the reference's '.weight'
         name = name.removesuffix("gamma") + "weight"
-    bits = _bits(shape, DTYPE_BITS.get(dtype, 0))
-    if not bits >= 0 or bits != 8 * (end - begin) or dtype not in DTYPE_BITS:
+    bits = _bits(shape, SAFETENSORS_BITS.get(dtype, 0))
+    if not bits >= 0 or bits != 8 * (end - begin) or dtype not in SAFETENSORS_BITS:
         raise ValueError(f"'{name}', stored as {shown(dtype)[1:-1]}, has shape {shape} and data offsets {[begin, end]}")
     return Tensor(name, dtype, tuple(shape), shard, data_start + begin, end - begin)
 

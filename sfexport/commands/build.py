@@ -10,6 +10,7 @@ import click
 import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
+from sfexport.dtypes import PRECISIONS
 
 if TYPE_CHECKING:
     from sfexport.engines.tensorrt.preflight import Readiness
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Build nothing: check a TensorRT build for --target, on any machine.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    type=click.Choice(["auto", *PRECISIONS]),
     default="auto",
     show_default=True,
     help="For a CHECKPOINT. auto: for TensorRT the weights' own type (fp16 for fp32 weights), else fp32.",

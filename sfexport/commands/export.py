@@ -10,6 +10,7 @@ import click
 import sfexport
 from sfexport import console
 from sfexport.commands.common import DIRECTORY, json_option, with_examples
+from sfexport.dtypes import PRECISIONS
 
 
 @with_examples(
@@ -32,7 +33,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
     help="What the graphs compute in, whatever the weights are stored in.",

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.dtypes import Precision
 from sfexport.errors import InputError
 from sfexport.fields import shown
 
 # atol and rtol by what an engine computes in. On models recorded from the reference, logits of float16 and bfloat16 are
 # off by up to 0.7 % and 7 % of the largest one, in PyTorch as in these graphs; those of a wrong graph by most of it.
-TOLERANCES = {"fp32": (1e-4, 1e-4), "fp16": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
+TOLERANCES = {Precision.FP32: (1e-4, 1e-4), Precision.FP16: (1e-3, 1e-2), Precision.BF16: (1e-2, 1e-1)}
 # At least this for rounded weights: ONNX Runtime multiplies them with inputs that it rounds to 8 bits.
 ROUNDED = (1e-3, 5e-2)
 
@@ -42,7 +43,7 @@ class Tolerance:
         cls, precision: str, atol: float | None = None, rtol: float | None = None, rounded: bool = False
     ) -> Tolerance:
         """The usual one for 'fp32', 'fp16' or 'bf16', and for rounded weights; what is given replaces a part of it."""
-        usual = TOLERANCES[precision]
+        usual = TOLERANCES[Precision(precision)]
         if rounded:
             usual, precision = tuple(map(max, usual, ROUNDED)), f"int4 {precision}"
         return cls(usual[0] if atol is None else atol, usual[1] if rtol is None else rtol, precision)

@@ -12,13 +12,10 @@ from google.protobuf.message import DecodeError
 
 from sfexport.artifacts.manifest import Bundle
 from sfexport.artifacts.manifest_fields import AGAIN
+from sfexport.dtypes import onnx_bits
 from sfexport.errors import BundleError
 
 _T = onnx.TensorProto
-_BITS = {
-    **{_T.FLOAT: 32, _T.FLOAT16: 16, _T.BFLOAT16: 16, _T.INT64: 64, _T.INT32: 32, _T.BOOL: 8, _T.INT8: 8, _T.UINT8: 8},
-    **{getattr(_T, name): 4 for name in ("INT4", "UINT4") if hasattr(_T, name)},
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def _stored(tensor: onnx.TensorProto, graph: Path, bundle: Bundle) -> StoredTens
         raise _wrong(tensor, graph, "has no offset and length that are numbers") from None
     if offset < 0 or length < 0 or offset + length > sizes[name]:
         raise _wrong(tensor, graph, f"reaches out of {name}")
-    bits = _BITS.get(tensor.data_type, 0) * math.prod(tensor.dims)
+    bits = onnx_bits(tensor.data_type) * math.prod(tensor.dims)
     if any(size < 0 for size in tensor.dims) or length != (bits + 7) // 8 or not length:
         raise _wrong(tensor, graph, f"has {length} bytes, which its shape {list(tensor.dims)} does not take")
     return StoredTensor(tensor.name, tensor.data_type, bundle.weights_directory / name, offset, length)

@@ -14,7 +14,8 @@ from typing import Any
 
 import onnx
 
-from sfexport.artifacts.manifest import PRECISIONS, Bundle
+from sfexport.artifacts.manifest import Bundle
+from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
 from sfexport.graphs.names import MASK
@@ -27,9 +28,6 @@ KEY_VALUE_SETS = 3
 # Copies of a graph's weights while it is built. On the host the parser's, unless it reads the mapped file, and the
 # serialised engine; on the GPU the builder's.
 HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
-
-# Weights that stay as they are stored; all others are held in the graph's type.
-_INTEGER_BITS = {onnx.TensorProto.INT8: 8, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class MemoryEstimate:
 
 def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryEstimate:
     """Args: `mapped_weights`: the parser reads weights where they lie in the file (TensorRT 10.13 and later)."""
-    width = PRECISIONS[bundle.precision]
+    width = Precision(bundle.precision).nbytes
     graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
     text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
@@ -89,7 +87,7 @@ def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: 
 def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:
     model = onnx.load(bundle.graph_file(name), load_external_data=False)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    weights = sum(math.prod(t.dims) * _INTEGER_BITS.get(t.data_type, 8 * width) // 8 for t in external)
+    weights = sum(math.prod(t.dims) * _stored_bits(t.data_type, 8 * width) // 8 for t in external)
     return GraphMemory(name, weights, max(_activations(model, profile) for profile in profiles))
 
 
@@ -124,13 +122,14 @@ def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
         kind = value.type.tensor_type
         dims = [d.dim_value if d.HasField("dim_value") else unknown for d in kind.shape.dim]
         if value.name not in folded:
-            out[value.name] = math.prod(dims) * _item_size(kind.elem_type)
+            out[value.name] = math.prod(dims) * max(1, from_onnx(kind.elem_type).bits // 8)
     return out
 
 
-def _item_size(dtype: int) -> int:
-    # onnx 1.16 has float32 stand for bfloat16, which NumPy does not know.
-    return 2 if dtype == onnx.TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize
+def _stored_bits(onnx_type: int, width: int) -> int:
+    """Bits of one weight of a graph: integer codes as they are stored, all others `width`, as the graph's type."""
+    bits = from_onnx(onnx_type).bits
+    return bits if bits <= 8 else width
 
 
 def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ import numpy as np
 from sfexport.artifacts.manifest import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
+from sfexport.dtypes import Precision
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs import names
@@ -25,7 +26,6 @@ from sfexport.versions import FIRST_WEIGHTS_FOLDER, is_older
 RUNTIME = "onnxruntime"
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 _BLOCK_SIZE = "session.qdq_matmulnbits_block_size"
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def _library() -> Any:
@@ -62,7 +62,7 @@ def check_precision(precision: str) -> None:
     Raises:
         InputError: ONNX Runtime's CPU provider has neither Gemm, MatMul nor Add for it (1.31), and NumPy no such type.
     """
-    if precision == "bf16":
+    if precision == Precision.BF16:
         raise InputError(
             "ONNX Runtime cannot run bf16 graphs: it has no bfloat16 matrix product for the CPU.",
             "Export with --precision fp16 or fp32, or build with --backend tensorrt.",
@@ -129,7 +129,7 @@ class OnnxRuntimeBackend(Backend):
         self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
         self._present_names = names.present_names(config)
         types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
-        self._dtype = _TYPES[types[names.EMBEDS]]
+        self._dtype = Precision.from_onnxruntime(types[names.EMBEDS]).numpy
         self._empty = self._float(np.zeros((1, config.text.num_kv_heads, 0, config.text.head_dim)))
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:

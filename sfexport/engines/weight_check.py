@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import onnx
 
 from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import NO_NUMBERS
+from sfexport.dtypes import Precision
 from sfexport.engines.external_data import stored_tensors
 from sfexport.errors import BundleError, CheckpointError
-from sfexport.exporting.rounding import NOT_FINITE
 from sfexport.printable import size_text
 from sfexport.progress import OnStep, no_step
 
@@ -30,19 +29,18 @@ _CHUNK_BYTES = 8 << 20
 _WAITING = 8  # chunks that are read and not yet checked
 # Fewer bytes are read before anyone wonders.
 _WORTH_REPORTING = 1 << 30
-_FLOATS = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.BFLOAT16: "BF16"}
 # The bits, without the sign, of the first number that rounds to infinity in float16: 65520; in bfloat16 65536.
-_BEYOND_FP16 = {"F32": 0x477FF000, "BF16": 0x4780}
+_BEYOND_FP16 = {Precision.FP32: 0x477FF000, Precision.BF16: 0x4780}
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Some bytes of a weight file; name and dtype of the floats in them, or None for other bytes."""
+    """Some bytes of a weight file; name and format of the floats in them, or None for other bytes."""
 
     offset: int
     length: int
     name: str | None = None
-    dtype: str | None = None
+    dtype: Precision | None = None
 
 
 def check_weights(bundle: Bundle, on_step: OnStep = no_step) -> dict[str, Any]:
@@ -79,15 +77,16 @@ def _floats(bundle: Bundle) -> Iterator[tuple[_Span, str]]:
     """Spans of floats that the graphs compute with, and of the embedding table; each with its file's name."""
     for graph in GRAPHS:
         for tensor in stored_tensors(bundle.graph_file(graph), bundle):
-            if tensor.dtype in _FLOATS:
-                yield _Span(tensor.offset, tensor.length, tensor.name, _FLOATS[tensor.dtype]), tensor.file.name
+            if dtype := Precision.from_onnx(tensor.dtype):
+                yield _Span(tensor.offset, tensor.length, tensor.name, dtype), tensor.file.name
     table = bundle.embedding()
-    yield _Span(table.offset, table.length, table.name, table.dtype), table.shard.name
+    dtype = Precision.from_safetensors(table.dtype)
+    yield _Span(table.offset, table.length, table.name, dtype), table.shard.name
 
 
 def _check_file(file: Path, spans: list[_Span], bundle: Bundle, pool: ThreadPoolExecutor) -> str:
     """Hash a file while other threads look at its floats."""
-    digest, half = sha256(), bundle.precision == "fp16"
+    digest, half = sha256(), bundle.precision == Precision.FP16
     waiting: deque[tuple[_Span, Future[tuple[str, str] | None]]] = deque()
     with file.open("rb", buffering=0) as stream:
         for piece in _pieces(spans, bundle.weight_sizes[file.name]):
@@ -135,9 +134,9 @@ def _settle(span: _Span, result: Future[tuple[str, str] | None], file: Path) -> 
         raise CheckpointError(f"Tensor '{span.name}' in {file.name} has {problem[0]}.", problem[1])
 
 
-def _problem(data: bytes, dtype: str, half: bool) -> tuple[str, str] | None:
+def _problem(data: bytes, dtype: Precision, half: bool) -> tuple[str, str] | None:
     """(what is wrong, what to do about it), or None."""
-    exponent = NOT_FINITE[dtype]
+    exponent = dtype.exponent_mask
     values = np.frombuffer(data, exponent.dtype, len(data) // exponent.itemsize)
     # Without the sign, numbers are in the order of their bits: infinity and NaN are largest.
     largest = (values & (np.iinfo(exponent.dtype).max >> 1)).max(initial=0)

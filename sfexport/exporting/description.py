@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 
-TYPE_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.BOOL: "bool",
-}
+from sfexport.dtypes import from_onnx
 
 
 def describe_graph(file: Path) -> dict[str, Any]:
@@ -25,7 +18,7 @@ def describe_graph(file: Path) -> dict[str, Any]:
         return [
             {
                 "name": v.name,
-                "dtype": TYPE_NAMES[ir.DataType(v.type.tensor_type.elem_type)],
+                "dtype": from_onnx(v.type.tensor_type.elem_type).name,
                 "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
             }
             for v in values

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from sfexport.artifacts.atomic import new_directory
 from sfexport.artifacts.identity import describe_shard
-from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, QUANTIZATIONS, Bundle, describe_embedding
+from sfexport.artifacts.manifest import GRAPHS, QUANTIZATIONS, Bundle, describe_embedding
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, describe_files, place, write_manifest
 from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
 from sfexport.checkpoint.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
@@ -28,6 +28,7 @@ from sfexport.checkpoint.config_fields import MAX_FRAMES
 from sfexport.checkpoint.gptq_awq import Taken, adopt
 from sfexport.checkpoint.tokenizer_files import has_tokenizer
 from sfexport.checkpoint.tokenizer_making import write_tokenizer
+from sfexport.dtypes import PRECISIONS, Precision
 from sfexport.errors import InputError, SfexportError
 from sfexport.exporting.description import describe_graph
 from sfexport.exporting.weights_file import summary, write_weights
@@ -40,8 +41,6 @@ from sfexport.printable import size_text, sizes_text
 from sfexport.progress import OnStep, no_step
 from sfexport.values import as_output, one_of, whole_number
 
-TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-SCALE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 WEIGHTS = ("auto", "reference", "copy")
 DIGESTS = ("sampled", "full")
 # 'auto' copies up to this many bytes: a small bundle that any ONNX tool can open and that can be moved is
@@ -78,7 +77,7 @@ class ExportOptions:
         whole_number(self.split_lm_head, "--split-lm-head")
         one_of(self.weights, "--weights", WEIGHTS)
         one_of(self.digest, "--digest", DIGESTS)
-        one_of(self.precision, "--precision", tuple(PRECISIONS))
+        one_of(self.precision, "--precision", PRECISIONS)
         if self.frames is not None:
             whole_number(self.frames, "--frames", most=MAX_FRAMES)
 
@@ -131,7 +130,7 @@ def build_graphs(
         source: where the weights are; None: in the checkpoint.
     """
     source = source or Source.of(checkpoint)
-    weights, config, dtype = Weights(source.tensors, source.packed), checkpoint.config, TYPES[precision]
+    weights, config, dtype = Weights(source.tensors, source.packed), checkpoint.config, Precision(precision).onnx
     tower, size = checkpoint.tower, checkpoint.image.crop
     return {
         "vision_encoder": lambda: build_vision_encoder(config, tower, size, weights, dtype),
@@ -203,7 +202,7 @@ def _quantize_weights(
     """Where nothing is asked for, what the checkpoint has in 4 bits is taken over and nothing else is rounded."""
     options.check_own_weights()
     head = options.lm_head or (HEADS[0] if options.quantize else HEADS[1])
-    scale_type, rounds = SCALE_TYPES[options.precision], options.quantize is not None
+    scale_type, rounds = Precision(options.precision).safetensors, options.quantize is not None
     plan = plan_weights(checkpoint, directory, scale_type, head, options.split_lm_head, taken, rounds)
     _check_disk(directory, plan.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
     on_step(f"writing {plan.shard().name} ({size_text(plan.size)})")

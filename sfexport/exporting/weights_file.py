@@ -15,14 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint.checkpoint import DTYPE_BYTES, NO_NUMBERS, Tensor
+from sfexport.checkpoint.checkpoint import NO_NUMBERS, Tensor
 from sfexport.checkpoint.gptq_awq import CENTRE
+from sfexport.dtypes import SAFETENSORS_BYTES, Precision
 from sfexport.errors import CheckpointError
 from sfexport.exporting.rounding import (
-    ARRAYS,
-    NOT_FINITE,
-    decode,
-    encode,
     pack_int4,
     relative_error,
     round_to_int4,
@@ -138,8 +135,9 @@ class _Writer:
         self._finish_pending()
         self._pending = self._background.submit(self._write_codes, item, codes, start)
 
-    def write(self, data: Any, offset: int) -> None:
-        rest = memoryview(data).cast("B")
+    def write(self, data: bytes | np.ndarray, offset: int) -> None:
+        # NumPy hands out no buffer of bfloat16.
+        rest = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
         while rest:
             count = os.pwrite(self._file, rest, offset)
             rest, offset = rest[count:], offset + count
@@ -151,13 +149,14 @@ class _Writer:
         if item.kind in ROUNDED:
             return self._write_rounded(item)
         place, source = self._plan.places[item.name], item.source
-        count, step, mask = math.prod(source.shape), _COPY_BYTES // DTYPE_BYTES[source.dtype], NOT_FINITE[source.dtype]
+        count, step = math.prod(source.shape), _COPY_BYTES // SAFETENSORS_BYTES[source.dtype]
+        mask = Precision.from_safetensors(source.dtype).exponent_mask
         for start in range(0, count, step):
             values = _read(source, start, min(step, count - start))
             if ((values.view(mask.dtype) & mask) == mask).any():
                 raise ValueError("values that are not finite numbers")
             stored = _narrowed(values, place.dtype) if item.kind == "narrow" else values
-            self.write(stored, place.offset + start * DTYPE_BYTES[place.dtype])
+            self.write(stored, place.offset + start * SAFETENSORS_BYTES[place.dtype])
         return None
 
     def _write_rounded(self, item: Item) -> np.ndarray:
@@ -177,7 +176,7 @@ class _Writer:
                 sums += done.sums
             self._write_later(item, codes, start)
         place = self._plan.places[f"{item.name}.scale"]
-        self.write(encode(scales, self._plan.scale_type), place.offset)
+        self.write(Precision.from_safetensors(self._plan.scale_type).from_float32(scales), place.offset)
         return sums
 
     def _write_taken(self, item: Item) -> np.ndarray:
@@ -216,7 +215,8 @@ def _per_byte(item: Item) -> int:
 def _round_tile(item: Item, scale_type: str, span: Rows) -> _Tile:
     """Rows first..last-1 of the source, which are outputs."""
     (first, last), source, inputs = span, item.source, item.source.shape[1]
-    rows = decode(_read(source, first * inputs, (last - first) * inputs), source.dtype).reshape(-1, inputs)
+    stored = _read(source, first * inputs, (last - first) * inputs)
+    rows = Precision.from_safetensors(source.dtype).to_float32(stored).reshape(-1, inputs)
     weights = np.ascontiguousarray(rows.T)
     if item.kind == "int4":
         rounded = round_to_int4(weights, item.block, scale_type)
@@ -240,16 +240,16 @@ def _round_again(item: Item, scale_type: str, scales: np.ndarray, zeros: np.ndar
 
 
 def _read(tensor: Tensor, start: int, count: int) -> np.ndarray:
-    """`count` stored numbers from the start-th on (bfloat16 as uint16), read and not mapped."""
-    offset = tensor.offset + start * DTYPE_BYTES[tensor.dtype]
-    values = np.fromfile(tensor.shard, ARRAYS[tensor.dtype], count, offset=offset)
+    """`count` stored numbers from the start-th on, read and not mapped."""
+    offset = tensor.offset + start * SAFETENSORS_BYTES[tensor.dtype]
+    values = np.fromfile(tensor.shard, Precision.from_safetensors(tensor.dtype).numpy, count, offset=offset)
     if len(values) < count:
         raise CheckpointError(f"The shard {tensor.shard} has become shorter while it was read.", "Get it again.")
     return values
 
 
 def _narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
-    stored = encode(values, dtype)
-    if not np.isfinite(decode(stored, dtype)).all():
+    stored = Precision.from_safetensors(dtype).from_float32(values.astype(np.float32, copy=False))
+    if not np.isfinite(stored).all():
         raise ValueError(f"values that leave the range of {dtype}")
     return stored

@@ -6,14 +6,15 @@ stands without the checkpoint, which is more than twice as large; and graphs can
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfexport.checkpoint.checkpoint import DTYPE_BYTES, Checkpoint, Shard, Tensor
+from sfexport.checkpoint.checkpoint import Checkpoint, Shard, Tensor
 from sfexport.checkpoint.gptq_awq import DECODER_LINEAR, Taken
+from sfexport.checkpoint.safetensors import write_header
+from sfexport.dtypes import SAFETENSORS_BYTES
 from sfexport.exporting.rounding import block_for
 from sfexport.graphs.initializers import Packed, Rows, even_parts, head_name, part_name
 
@@ -149,18 +150,9 @@ def _head_items(tensor: Tensor, head: str, parts: int, tied: bool) -> list[Item]
 def _lay_out(items: Sequence[Item], file: Path, scale_type: str) -> tuple[dict[str, Tensor], bytes, int]:
     """Places in a file, widest numbers first, so that each is aligned."""
     entries = [entry for item in items for entry in _entries(item, scale_type)]
-    entries.sort(key=lambda entry: -DTYPE_BYTES[entry[1]])
-    described, offset, spans = {}, 0, []
-    for name, dtype, shape in entries:
-        length = math.prod(shape) * DTYPE_BYTES[dtype]
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + length]}
-        spans.append((name, dtype, shape, offset, length))
-        offset += length
-    text = json.dumps({"__metadata__": {"format": "sfexport"}, **described}).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    places = {n: Tensor(n, dtype, shape, file, len(header) + at, length) for n, dtype, shape, at, length in spans}
-    return places, header, len(header) + offset
+    entries.sort(key=lambda entry: -SAFETENSORS_BYTES[entry[1]])
+    header, places = write_header(entries, file, "sfexport")
+    return places, header, len(header) + sum(place.length for place in places.values())
 
 
 def _entries(item: Item, scale_type: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:

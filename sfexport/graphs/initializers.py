@@ -14,13 +14,9 @@ import onnx_ir as ir
 
 from sfexport.checkpoint.checkpoint import Tensor
 from sfexport.checkpoint.config import TextConfig
+from sfexport.dtypes import Precision
 from sfexport.errors import CheckpointError
 
-DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-}
 Rows = tuple[int, int]
 
 
@@ -53,7 +49,11 @@ class Packed:
         signed = ir.DataType.INT4 if self.zeros is None else ir.DataType.UINT4
         dtype = ir.DataType.INT8 if self.bits == 8 else signed
         out = [_external(self.codes.name, self.codes, dtype, self.shape)]
-        out.append(_external(self.scales.name, self.scales, DTYPES[self.scales.dtype], self.scales.shape))
+        out.append(
+            _external(
+                self.scales.name, self.scales, Precision.from_safetensors(self.scales.dtype).onnx, self.scales.shape
+            )
+        )
         if self.zeros is not None:
             out.append(_external(self.zeros.name, self.zeros, dtype, self.scales.shape))
         return out
@@ -90,11 +90,12 @@ class Weights:
         if name not in self._tensors:
             raise CheckpointError(f"The checkpoint has no tensor '{name}', which the graph needs.")
         place = self._tensors[name]
+        dtype = Precision.from_safetensors(place.dtype).onnx
         if rows is None:
-            return _external(name, place, DTYPES[place.dtype], place.shape)
+            return _external(name, place, dtype, place.shape)
         (first, last), row = rows, place.length // place.shape[0]
         shape = (last - first, *place.shape[1:])
-        return _external(part_name(name, rows), place, DTYPES[place.dtype], shape, first * row, (last - first) * row)
+        return _external(part_name(name, rows), place, dtype, shape, first * row, (last - first) * row)
 
 
 def _external(

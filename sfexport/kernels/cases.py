@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sfexport.dtypes import Precision
 from sfexport.kernels.launch_config import HEAD_DIMS, SMS
 
 MASKS = ("all", "none", "mixed", "tail", "visual first")
+DTYPES = (Precision.FP32.value, Precision.FP16.value)
 LARGEST = 700  # slow tokens of a random case: the interpreter is slow, and splits and tails show long before
 
 
@@ -64,7 +66,7 @@ def random_case(rng: np.random.Generator) -> Case:
         lengths=lengths,
         head_dim=int(rng.choice(HEAD_DIMS)),
         mask=str(rng.choice(MASKS)),
-        dtype=str(rng.choice(["fp32", "fp16"])),
+        dtype=str(rng.choice(DTYPES)),
         sm=int(rng.choice(SMS)),
         multiprocessors=int(rng.choice([1, 8, 16, 132])),
         scale=float(rng.choice([0.1, 1.0, 8.0])),
@@ -75,7 +77,7 @@ def random_case(rng: np.random.Generator) -> Case:
 def swept_cases() -> Iterator[Case]:
     """Every group size, head size, mask and kind of length, in both types."""
     lengths = {"0": (0, (0, 0)), "1": (1, (1, 1)), "odd": (131, (131, 77)), "large": (515, (515, 0))}
-    for dtype in ("fp32", "fp16"):
+    for dtype in DTYPES:
         for group in range(1, 9):
             slow, by_sample = list(lengths.values())[group % 4]
             d, mask = HEAD_DIMS[group % 3], MASKS[group % len(MASKS)]

@@ -17,12 +17,13 @@ from dataclasses import asdict
 
 import numpy as np
 
+from sfexport.dtypes import Precision
 from sfexport.errors import MissingDependency, SfexportError
 from sfexport.kernels.cases import Case, Tensors, make_tensors, random_case, reference, swept_cases
 from sfexport.kernels.compile import INSTALL
 from sfexport.kernels.launch_config import tiles_for
 
-LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2}
+LIMITS = {Precision.FP32: 1e-5, Precision.FP16: 1e-3, Precision.BF16: 1e-2}
 
 
 def run_case(case: Case, device: str) -> float:
@@ -31,7 +32,7 @@ def run_case(case: Case, device: str) -> float:
 
     from sfexport.kernels.launch import cross_attention
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+    dtype = getattr(torch, Precision(case.dtype).torch)
     tensors = make_tensors(case)
     query, key, value = (torch.from_numpy(x).to(dtype) for x in (tensors.query, tensors.key, tensors.value))
     attends, lengths = torch.from_numpy(tensors.attends), torch.from_numpy(tensors.lengths)
@@ -54,7 +55,7 @@ def check(cases: Iterable[Case], device: str) -> dict[str, object]:
         error = run_case(case, device)
         count += 1
         worst[case.dtype] = max(worst.get(case.dtype, 0.0), error)
-        if not error < LIMITS[case.dtype]:
+        if not error < LIMITS[Precision(case.dtype)]:
             failed.append({"error": error, **asdict(case)})
     return {"cases": count, "worst": worst, "limits": LIMITS, "failed": failed}
 
@@ -96,7 +97,7 @@ def _need_libraries() -> None:
 def _show(report: dict) -> None:
     print(f"{report['cases']} cases against float64")
     for dtype, error in sorted(report["worst"].items()):
-        print(f"  {dtype}: worst relative error {error:.2e} (limit {LIMITS[dtype]:.0e})")
+        print(f"  {dtype}: worst relative error {error:.2e} (limit {LIMITS[Precision(dtype)]:.0e})")
     for case in report["failed"]:
         print(f"  FAILED: {case}")
 

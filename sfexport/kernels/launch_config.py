@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sfexport.dtypes import PRECISIONS
 from sfexport.errors import InputError
 
-DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 HEAD_DIMS = (32, 64, 128)
 SMS = (80, 87, 89, 90, 100, 110, 120)  # the GPUs that kernels are compiled for
 PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as fit at the shared memory and registers that the kernels take
@@ -45,8 +45,8 @@ def tiles_for(dtype: str, head_dim: int, sm: int) -> Tiles:
     Raises:
         InputError: a type, head size or GPU that the kernels are not made for.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"The cross-attention kernel knows no type {dtype!r}; it has {', '.join(DTYPES)}.")
+    if dtype not in PRECISIONS:
+        raise InputError(f"The cross-attention kernel knows no type {dtype!r}; it has {', '.join(PRECISIONS)}.")
     if head_dim not in HEAD_DIMS:
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise InputError(f"The cross-attention kernel is made for heads of {sizes} elements, not {head_dim}.")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from sfexport.artifacts.manifest import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.dtypes import Precision
 from sfexport.engines.interface import VISION_CHUNK
 from sfexport.engines.memory import MemoryEstimate, estimate_memory, sum_up
 from sfexport.engines.profiles import Profile
@@ -29,7 +30,8 @@ CPU_STORAGES = (
 _PROCESS = 115_000_000  # Python, the libraries, the video's decoder
 _PACKED = {"decoder": 1.2, "head": 1.2}  # rounded matrices, rearranged for the product
 _LEFT_OVER, _LEFT_OVER_SHARE = 130_000_000, 0.25  # freed while loading and not given back: at most, and of the weights
-_CONVERTED = {"BF16": 1.6, "F32": 2.7}  # bytes for a weight that becomes fp16 and then fp32, by what it is stored as
+# Bytes for a weight that becomes fp16 and then fp32, by what it is stored as.
+_CONVERTED = {Precision.BF16.safetensors: 1.6, Precision.FP32.safetensors: 2.7}
 # What an arena takes for a byte alive. It plans a shape that it meets again anew, beside what it had.
 _ARENA = {"vision_encoder": 1.3, "compressor": 1.3, "decoder": 1.8}
 _PLANNED_AGAIN = 1.2

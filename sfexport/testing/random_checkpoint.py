@@ -22,7 +22,9 @@ from tokenizers import Tokenizer
 from sfexport.checkpoint.checkpoint import INDEX_FILE
 from sfexport.checkpoint.config import MODEL_TYPE, TOWER_PREFIX, ModelConfig, Shapes
 from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD
+from sfexport.checkpoint.safetensors import write_header
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
+from sfexport.dtypes import Precision
 from sfexport.errors import InputError
 from sfexport.testing.tokenizer import END_OF_TEXT, IM_END, tokenizer_config, train_tokenizer
 
@@ -253,25 +255,12 @@ def _write_shards(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
     _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """Finite float32 values as bfloat16 bits (uint16, same shape), rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").reshape(np.shape(values))
-
-
 def save_safetensors_bf16(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write float32 arrays as bfloat16 into a safetensors file, sorted by name.
 
-    Done by hand because the safetensors library's NumPy side needs a further package for bfloat16.
+    Needs no safetensors library, which only the extra `torch` installs.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    chunks, offset = [], 0
-    for name in sorted(tensors):
-        chunk = to_bf16(tensors[name]).tobytes()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + len(chunk)]}
-        chunks.append(chunk)
-        offset += len(chunk)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    file.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *chunks]))
+    stored = {name: Precision.BF16.from_float32(tensors[name]) for name in sorted(tensors)}
+    entries = ((name, Precision.BF16.safetensors, array.shape) for name, array in stored.items())
+    header, _ = write_header(entries, file, "pt")
+    file.write_bytes(b"".join([header, *(array.tobytes() for array in stored.values())]))

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo import clip as clip_module
+from sfexport.dtypes import Precision
 from sfexport.errors import InputError
-from sfexport.testing.random_checkpoint import save_safetensors_bf16, to_bf16, write_random_checkpoint
+from sfexport.testing.random_checkpoint import save_safetensors_bf16, write_random_checkpoint
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PROMPT = (
@@ -161,18 +162,18 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 # --- bfloat16
 
 
-def test_to_bf16_rounds_to_nearest_ties_to_even() -> None:
+def test_bf16_rounds_to_nearest_ties_to_even() -> None:
     step = 2.0**-7  # between 1 and 2
     values = np.array([1.0, 1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step, 1 + 0.49 * step, -1 - 1.5 * step, 0.0])
-    back = (to_bf16(values.astype(np.float32)).astype(np.uint32) << 16).view(np.float32)
+    back = Precision.BF16.to_float32(Precision.BF16.from_float32(values.astype(np.float32)))
     assert back.tolist() == [1.0, 1.0, 1 + 2 * step, 1 + step, 1.0, -1 - 2 * step, 0.0]
 
 
-def test_to_bf16_agrees_with_torch() -> None:
+def test_bf16_agrees_with_torch() -> None:
     torch = pytest.importorskip("torch")
     values = np.random.default_rng(0).standard_normal((64, 65)).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(to_bf16(values), expected)
+    assert np.array_equal(Precision.BF16.from_float32(values).view(np.uint16), expected)
 
 
 def test_save_safetensors_bf16_keeps_shapes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from conftest import Tree
 from helpers import assert_says, sfexport
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.exporting.rounding import encode
+from sfexport.dtypes import Precision
 
 NAMES = (
     "model.layers.1.mlp.up_proj.weight",
@@ -24,7 +24,7 @@ def plant(tree: Tree, name: str, value: float) -> str:
     assert place.dtype == "BF16"
     with place.shard.open("r+b") as shard:
         shard.seek(place.offset + place.length - 2)
-        shard.write(encode(np.float32([value]), "BF16").tobytes())
+        shard.write(Precision.BF16.from_float32(np.float32([value])).tobytes())
     return name
 
 

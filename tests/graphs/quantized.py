@@ -13,10 +13,11 @@ import pytest
 from helpers import split_shard, write_shard
 
 from sfexport.artifacts.manifest import Bundle
+from sfexport.dtypes import Precision
 from sfexport.engines import onnxruntime_backend
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
-from sfexport.exporting.rounding import ARRAYS, decode, dequantize, encode, unpack_int4
+from sfexport.exporting.rounding import dequantize, unpack_int4
 
 FILE = "weights.safetensors"
 ORT = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
@@ -28,10 +29,11 @@ def stored_weights(bundle: Bundle, name: str) -> np.ndarray:
 
     def read(key: str) -> np.ndarray:
         (begin, end), dtype = header[key]["data_offsets"], header[key]["dtype"]
-        array = {"U8": np.uint8, "I8": np.int8} | ARRAYS
-        return np.frombuffer(data[begin:end], array[dtype]).reshape(header[key]["shape"])
+        codes = {"U8": np.uint8, "I8": np.int8}
+        array = codes.get(dtype) or Precision.from_safetensors(dtype).numpy
+        return np.frombuffer(data[begin:end], array).reshape(header[key]["shape"])
 
-    scales = decode(read(f"{name}.scale"), header[f"{name}.scale"]["dtype"])
+    scales = read(f"{name}.scale").astype(np.float32)
     if f"{name}.int8" in header:
         return dequantize(read(f"{name}.int8"), scales).T
     codes = unpack_int4(read(f"{name}.int4"))
@@ -51,7 +53,8 @@ def as_dtype(checkpoint: Path, out: Path, dtype: str) -> Path:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            chunk = encode(decode(np.frombuffer(data[begin:end], np.uint16), "BF16"), dtype).tobytes()
+            values = Precision.BF16.to_float32(np.frombuffer(data[begin:end], np.uint16))
+            chunk = Precision.from_safetensors(dtype).from_float32(values).tobytes()
             entry |= {"dtype": dtype, "data_offsets": [offset, offset + len(chunk)]}
             chunks.append(chunk)
             offset += len(chunk)

@@ -20,13 +20,14 @@ import pytest
 from helpers import assert_says, edit_json, snapshot, split_shard
 from quantized import FILE, ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
-from sfexport.artifacts.manifest import GRAPHS, PRECISIONS, Bundle
+from sfexport.artifacts.manifest import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.comparing import run as parity
 from sfexport.comparing.run import run_parity
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
+from sfexport.dtypes import PRECISIONS, Precision
 from sfexport.engines.build import build
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import BundleError, CheckpointError, InputError
@@ -34,7 +35,6 @@ from sfexport.exporting import export as bundle_module
 from sfexport.exporting import weights_file
 from sfexport.exporting.dequantize import RoundedMatrix, rounded_matrices
 from sfexport.exporting.export import ExportOptions, export
-from sfexport.exporting.rounding import encode
 from sfexport.qa.pipeline import Pipeline
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
@@ -375,7 +375,7 @@ def test_weights_too_large_for_float16_scales_are_named(tree_copy, tmp_path: Pat
     place = Checkpoint.open(tree_copy.checkpoint).tensors[name]
     with place.shard.open("r+b") as shard:
         shard.seek(place.offset)
-        shard.write(encode(np.float32([1e7]), "BF16").tobytes())
+        shard.write(Precision.BF16.from_float32(np.float32([1e7])).tobytes())
     options = ExportOptions(quantize="int4", precision="fp16")
     with pytest.raises(CheckpointError) as caught:
         export(Checkpoint.open(tree_copy.checkpoint), tmp_path / "bundle", options)

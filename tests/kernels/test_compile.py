@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfexport.dtypes import PRECISIONS
 from sfexport.errors import InputError, SfexportError
 from sfexport.kernels.compile import (
     SHARED_LIMIT,
@@ -18,7 +19,6 @@ from sfexport.kernels.compile import (
     without_scratch,
 )
 from sfexport.kernels.launch_config import (
-    DTYPES,
     HEAD_DIMS,
     SMS,
     Integers,
@@ -32,7 +32,7 @@ from sfexport.kernels.launch_config import (
 triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed")
 # The 7B model's heads for every GPU and type; the small ones, which take fewer resources, for one.
 SHIPPED = [(dtype, 128, sm) for sm in SMS for dtype in ("fp16", "bf16")] + [("fp32", 128, 87), ("fp32", 128, 100)]
-SHIPPED += [(dtype, d, 87) for dtype in DTYPES for d in HEAD_DIMS[:2]]
+SHIPPED += [(dtype, d, 87) for dtype in PRECISIONS for d in HEAD_DIMS[:2]]
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "sm"), SHIPPED)

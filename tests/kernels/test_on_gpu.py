@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sfexport.dtypes import PRECISIONS
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.plugin_operations import OPERATIONS, KernelSource
 from sfexport.errors import SfexportError
@@ -24,7 +25,7 @@ from sfexport.graphs.plugin_nodes import PluginSettings
 from sfexport.kernels.cases import MASKS, Case, Tensors, make_tensors, reference
 from sfexport.kernels.check import LIMITS
 from sfexport.kernels.compile import compile_kernels
-from sfexport.kernels.launch_config import DTYPES, HEAD_DIMS, SMS, Integers
+from sfexport.kernels.launch_config import HEAD_DIMS, SMS, Integers
 from sfexport.kernels.store import StoredKernels
 from sfexport.machines.targets import kernel_ptx_isa
 
@@ -98,7 +99,7 @@ def run_as_an_engine(tensors: Tensors, dtype: str, settings: PluginSettings, sou
     return arrays["context"].astype(np.float64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_the_compiled_kernel_is_within_its_limits(dtype: str, settings: PluginSettings, source: KernelSource) -> None:
     worst = 0.0
     for case in cases():

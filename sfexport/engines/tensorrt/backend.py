@@ -19,6 +19,7 @@ import numpy as np
 from sfexport.artifacts.manifest import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
+from sfexport.dtypes import from_tensorrt
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.engines.profiles import DECODE, PREFILL
 from sfexport.engines.tensorrt.cuda import Buffer, Stream
@@ -38,12 +39,7 @@ _LIMITS = {
 
 def numpy_type(tensorrt_type: Any) -> np.dtype:
     """NumPy's type for a tensor's; bfloat16 is ml_dtypes'."""
-    if tensorrt_type.name == "BF16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    known = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
-    return np.dtype(known[tensorrt_type.name])
+    return from_tensorrt(tensorrt_type.name).numpy
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sfexport.exporting.rounding import decode
+from sfexport.dtypes import Precision, operator_table_name
 
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 EXTERNAL_KEYS = ("location", "offset", "length", "checksum")  # the parser refuses a tensor with any other
-# onnx's names of tensor types -> the table's; any other keeps onnx's name.
-_TYPE_NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
-_STORED = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.BFLOAT16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -172,15 +169,15 @@ def _values(tensor: onnx.TensorProto, weights: Path | None) -> np.ndarray | None
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
     place = {entry.key: entry.value for entry in tensor.external_data}
-    kind, location = _STORED.get(tensor.data_type), place.get("location", "")
-    if weights is None or kind is None or Path(location).name != location or not (weights / location).is_file():
+    precision, location = Precision.from_onnx(tensor.data_type), place.get("location", "")
+    if weights is None or precision is None or Path(location).name != location or not (weights / location).is_file():
         return None
-    stored = np.dtype(np.float32 if kind == "F32" else np.uint16)
     try:
-        bits = np.fromfile(weights / location, stored, int(np.prod(tensor.dims)), offset=int(place.get("offset", 0)))
+        count, offset = int(np.prod(tensor.dims)), int(place.get("offset", 0))
+        stored = np.fromfile(weights / location, precision.numpy, count, offset=offset)
     except (OSError, ValueError):
         return None
-    return decode(bits.view(np.float16) if kind == "F16" else bits, kind)
+    return precision.to_float32(stored)
 
 
 def dtype_name(value: onnx.TypeProto | None) -> str:
@@ -190,7 +187,7 @@ def dtype_name(value: onnx.TypeProto | None) -> str:
         return (kind or "").upper()
     element = value.tensor_type.elem_type
     name = onnx.TensorProto.DataType.Name(element) if element else ""
-    return _TYPE_NAMES.get(name, name)
+    return operator_table_name(name)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfexport.dtypes import Precision
 from sfexport.errors import InputError
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT, PluginSettings
 from sfexport.kernels.compile import Kernel
@@ -21,7 +22,6 @@ from sfexport.kernels.launch_config import (
 )
 
 KernelSource = Callable[[str, int, int, int], tuple[Kernel, Kernel]]
-_TYPES = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Operation:
         expected = self.types[position]
         if expected != "T":
             return types[position] == expected
-        return types[position] in _TYPES and types[position] == types[0]
+        return Precision.from_tensorrt(types[position]) is not None and types[position] == types[0]
 
     def check_shapes(self, shapes: Sequence[Sequence[int | None]], settings: PluginSettings) -> None:
         """Raises InputError where known dimensions of the inputs (None: unknown) do not fit one another."""
@@ -104,6 +104,7 @@ def dtype_name(tensorrt_type: Any) -> str:
     Raises:
         InputError: a type the kernels do not compute in.
     """
-    if tensorrt_type.name not in _TYPES:
+    precision = Precision.from_tensorrt(tensorrt_type.name)
+    if precision is None:
         raise InputError(f"The cross-attention plugin cannot compute in {tensorrt_type.name}.")
-    return _TYPES[tensorrt_type.name]
+    return precision.value

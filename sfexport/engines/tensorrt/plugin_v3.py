@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from sfexport.dtypes import PRECISIONS
 from sfexport.engines.tensorrt.plugin_operations import KernelSource, Operation, dtype_name
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, PLUGIN_VERSION, PluginSettings
 from sfexport.kernels.compile import Kernel
-from sfexport.kernels.launch_config import DTYPES, Integers
+from sfexport.kernels.launch_config import Integers
 
 SETTINGS = tuple(field.name for field in fields(PluginSettings))
-DTYPE = "dtype"  # place in DTYPES; only an engine's nodes have it
+DTYPE = "dtype"  # place in PRECISIONS; only an engine's nodes have it
 
 
 # TensorRT's registry keeps bare pointers.
@@ -164,7 +165,7 @@ def _plugin_class(trt: Any) -> type:
 def _fields(trt: Any, settings: PluginSettings, kernel: Kernel | None) -> list[Any]:
     values = asdict(settings)
     if kernel is not None:
-        values[DTYPE] = list(DTYPES).index(kernel.dtype)
+        values[DTYPE] = PRECISIONS.index(kernel.dtype)
     return [trt.PluginField(k, np.array([v], dtype=np.int32), trt.PluginFieldType.INT32) for k, v in values.items()]
 
 
@@ -196,7 +197,7 @@ def _read_fields(collection: Any, plugin: str) -> tuple[PluginSettings, str | No
     missing = [name for name in SETTINGS if name not in values]
     if missing:
         raise SfexportError(f"The node of {plugin} lacks the attribute {missing[0]}.", "Build the engines again.")
-    dtype = list(DTYPES)[values.pop(DTYPE)] if DTYPE in values else None
+    dtype = PRECISIONS[values.pop(DTYPE)] if DTYPE in values else None
     return PluginSettings(**values), dtype
 
 
