@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sfexport.doctor.diagnosis import Diagnosis
     from sfexport.engines.tensorrt.build import TensorRTOptions
     from sfexport.engines.tensorrt.preflight import Readiness
-    from sfexport.exporting.open_or_export import Wanted
+    from sfexport.exporting.open_or_export import ExportRequest
     from sfexport.planning.plan import Plan
     from sfexport.qa.pipeline import Pipeline
 
@@ -111,7 +111,7 @@ def build(
     """
     from sfexport.engines.build import build as build_engines
     from sfexport.engines.build import check_backend, choose_backend, engine_name
-    from sfexport.exporting.open_or_export import bundle_from
+    from sfexport.exporting.open_or_export import open_or_export
 
     source = as_path(source, "The source")
     options = _tensorrt_options(
@@ -127,7 +127,7 @@ def build(
         # A place without a name of its own ('.', '/') is refused once it is looked at.
         beside = output.parent / f"{output.name or _directory_name(output)}-bundle"
     request = _export_request(backend, options, precision, quantize)
-    bundle = bundle_from(source, beside, output, request, on_step=on_step)
+    bundle = open_or_export(source, beside, output, request, on_step=on_step)
     return build_engines(bundle, output, backend, on_step, force, options, on_progress)
 
 
@@ -163,7 +163,7 @@ def check_build(
     from sfexport.engines.tensorrt.preflight import BUILD_FILE, write_build_directory
     from sfexport.engines.tensorrt.preflight import check_build as check_bundle
     from sfexport.errors import InputError
-    from sfexport.exporting.open_or_export import bundle_from
+    from sfexport.exporting.open_or_export import open_or_export
 
     source = as_path(source, "The source")
     output = None if output is None else as_output(output)
@@ -174,7 +174,7 @@ def check_build(
         raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
     request = _export_request("tensorrt", options, precision, quantize)
     with TemporaryDirectory() as folder:
-        bundle = bundle_from(source, Path(folder) / "bundle", output, request, BUILD_FILE, on_step)
+        bundle = open_or_export(source, Path(folder) / "bundle", output, request, BUILD_FILE, on_step)
         found = check_bundle(bundle, options.target, options)
     if output is not None:
         write_build_directory(found, output)
@@ -309,16 +309,16 @@ def _tensorrt_options(
     )
 
 
-def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> Wanted:
+def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> ExportRequest:
     """Return how a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
-    from sfexport.exporting.open_or_export import Wanted
+    from sfexport.exporting.open_or_export import ExportRequest
     from sfexport.machines.machine import detect_machine
     from sfexport.machines.targets import match_machine
 
     if backend != "tensorrt":
-        return Wanted(precision, quantize=quantize)
+        return ExportRequest(precision, quantize=quantize)
     target = options.target or match_machine(detect_machine())
-    return Wanted(precision, True, quantize, target.split_lm_head if target else 1)
+    return ExportRequest(precision, True, quantize, target.split_lm_head if target else 1)
 
 
 def _directory_name(path: Path) -> str:

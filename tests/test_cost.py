@@ -18,7 +18,7 @@ import pytest
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, ConvNextTower, Tower, VitTower
-from sfexport.exporting.weights_layout import plan_weights
+from sfexport.exporting.weights_layout import layout_weights
 from sfexport.planning.flops import (
     PARTS,
     Call,
@@ -215,8 +215,8 @@ def test_int4_is_what_a_quantised_bundle_holds(
 ) -> None:
     write_random_checkpoint(tmp_path / "checkpoint", changes=changes)
     checkpoint = Checkpoint.open(tmp_path / "checkpoint")
-    plan = plan_weights(checkpoint, tmp_path, "BF16", head)
-    stored = {name: place.length for name, place in plan.places.items()}
+    layout = layout_weights(checkpoint, tmp_path, "BF16", head)
+    stored = {name: place.length for name, place in layout.places.items()}
     ours = weight_bytes(checkpoint.config, checkpoint.tower, Storage("int4", 2, 4, head_bits))
     if checkpoint.config.text.tie_word_embeddings and head == "fp16":
         ours["embedding"] = 0  # the same bytes as the head

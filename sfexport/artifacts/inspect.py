@@ -50,9 +50,9 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(stored: Checkpoint) -> dict[str, Any]:
-    from sfexport.checkpoint.gptq_awq import adopt
+    from sfexport.checkpoint.gptq_awq import read_prequantized
 
-    checkpoint, _ = adopt(stored)
+    checkpoint, _ = read_prequantized(stored)
     checkpoint.validate()
     return {
         "kind": "checkpoint",

@@ -1,6 +1,6 @@
-"""Checkpoints whose linear weights GPTQ or AWQ has rounded already: their 4-bit codes are taken over as they are.
+"""Read checkpoints whose linear weights GPTQ or AWQ has quantized already: their 4-bit codes are kept.
 
-Of a layer `x` such a checkpoint has, in the place of x.weight [out, in]:
+For a layer `x` such a checkpoint has, in the place of x.weight [out, in]:
 
     GPTQ  x.qweight I32 [in / 8, out], eight inputs to a number    x.g_idx I32 [in], the group of each input
     AWQ   x.qweight I32 [in, out / 8], eight outputs to a number, in the order of _AWQ_ORDER
@@ -31,11 +31,17 @@ _IN_ORDER = tuple(range(8))
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A rounded matrix of the checkpoint.
+class PrequantizedMatrix:
+    """A matrix that the checkpoint stores as 4-bit codes.
 
     Attributes:
-        method: 'gptq' or 'awq'. group: inputs to a scale.
+        name: of the weight that the codes stand for.
+        method: 'gptq' or 'awq'.
+        group: number of inputs that share a scale.
+        codes: I32; eight codes to a number.
+        zeros: I32 [in / group, out / 8], zero points.
+        scales: [in / group, out].
+        zero_offset: added to a stored zero point: 1 for GPTQ's first format.
         symmetric: every zero point is 8.
     """
 
@@ -99,18 +105,18 @@ def _unpack(numbers: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     return codes.reshape(len(numbers), -1)
 
 
-def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
-    """The checkpoint as if it had plain weights (their places mean nothing), and what stands there instead.
+def read_prequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, PrequantizedMatrix]]:
+    """Return the checkpoint as if it had plain weights, and by name the matrices that stand in their place.
 
-    An ordinary checkpoint comes back as it is.
+    The plain weights' places in files mean nothing. An ordinary checkpoint comes back as it is.
 
     Raises:
-        CheckpointError: rounded by another method, or in a form that cannot be taken over.
+        CheckpointError: quantized by another method, or in a form that cannot be kept.
     """
     settings = read_quantization(checkpoint)
     if settings is None:
         return checkpoint, {}
-    taken = {}
+    prequantized = {}
     for name, shape in checkpoint.expected_tensors().items():
         if name in checkpoint.tensors or not name.endswith(".weight"):
             continue
@@ -121,19 +127,21 @@ def adopt(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Taken]]:
                 f"'{name}' is rounded to 4 bits; sfexport takes that over of the decoder layers' own weights only.",
                 "Quantise again with it in modules_to_not_convert, or take the ordinary checkpoint.",
             )
-        taken[name] = _take(checkpoint, name, shape, settings)
+        prequantized[name] = _read_matrix(checkpoint, name, shape, settings)
     plain = {
         name: replace(matrix.scales, name=name, shape=(matrix.shape[1], matrix.shape[0]))
-        for name, matrix in taken.items()
+        for name, matrix in prequantized.items()
     }
-    parts = {f"{name.removesuffix('.weight')}.{part}" for name in taken for part in PARTS}
+    parts = {f"{name.removesuffix('.weight')}.{part}" for name in prequantized for part in PARTS}
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in parts}
     # Settings from the quantiser's own file are config.json's from here on.
     config = checkpoint.raw_config | {"quantization_config": {"quant_method": settings.method}}
-    return replace(checkpoint, raw_config=config, tensors=others | plain), taken
+    return replace(checkpoint, raw_config=config, tensors=others | plain), prequantized
 
 
-def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Quantization) -> Taken:
+def _read_matrix(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Quantization
+) -> PrequantizedMatrix:
     stem, (outputs, inputs) = name.removesuffix(".weight"), shape
     method, group = settings.method, settings.group
     packed = (inputs, outputs // 8) if method == "awq" else (inputs // 8, outputs)
@@ -152,8 +160,8 @@ def _take(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], settings: Q
     if method == "gptq":
         _check_order(checkpoint, stem, inputs, settings)
     codes, zeros, scales = (checkpoint.tensors[f"{stem}.{part}"] for part in parts)
-    taken = Taken(name, method, group, codes, zeros, scales, settings.zero_offset)
-    return replace(taken, symmetric=bool((taken.zero_points() == CENTRE).all()))
+    matrix = PrequantizedMatrix(name, method, group, codes, zeros, scales, settings.zero_offset)
+    return replace(matrix, symmetric=bool((matrix.zero_points() == CENTRE).all()))
 
 
 def _check_order(checkpoint: Checkpoint, stem: str, inputs: int, settings: Quantization) -> None:

@@ -18,6 +18,7 @@ from sfexport.artifacts.manifest import Bundle
 from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
+from sfexport.graphs.initializers import external_to_inputs
 from sfexport.graphs.names import MASK
 from sfexport.printable import sizes_text
 
@@ -141,14 +142,7 @@ def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
         for dim, size in zip(value.type.tensor_type.shape.dim, largest[value.name], strict=True):
             dim.Clear()
             dim.dim_value = size
-    kept = []
-    for tensor in out.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            out.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            kept.append(tensor)
-    del out.graph.initializer[:]
-    out.graph.initializer.extend(kept)
+    external_to_inputs(out)
     return out
 
 

@@ -83,14 +83,14 @@ def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """
     import torch
 
-    from sfexport.checkpoint.gptq_awq import adopt
+    from sfexport.checkpoint.gptq_awq import read_prequantized
 
-    plain, taken = adopt(checkpoint)
-    if not taken:
+    plain, prequantized = read_prequantized(checkpoint)
+    if not prequantized:
         return None
-    ordinary = (name for name in plain.expected_tensors() if name in plain.tensors and name not in taken)
+    ordinary = (name for name in plain.expected_tensors() if name in plain.tensors and name not in prequantized)
     state = {name: torch.from_numpy(plain.tensors[name].rows()) for name in ordinary}
-    return state | {name: torch.from_numpy(matrix.weights()) for name, matrix in taken.items()}
+    return state | {name: torch.from_numpy(matrix.weights()) for name, matrix in prequantized.items()}
 
 
 class TorchBackend(Backend):

@@ -1,4 +1,4 @@
-"""The matrices of a quantised bundle as the numbers they stand for, so that PyTorch can compute with the same."""
+"""Dequantize the matrices of a quantised bundle, so that PyTorch can compute with the same weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _ROWS = re.compile(r"(?P<name>.+)\[(?P<first>\d+):\d+\]")
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """Rows `first`... of a tensor, float32 [rows, in]."""
+    """Rows of a tensor, dequantized.
+
+    Attributes:
+        name: of the tensor.
+        first: index of the first row.
+        weights: float32 [rows, in].
+    """
 
     name: str
     first: int
@@ -26,9 +32,9 @@ class RoundedMatrix:
 
 
 def rounded_matrices(bundle: Bundle) -> Iterator[RoundedMatrix]:
-    """Every rounded matrix, or run of rows of one, read when it is its turn."""
+    """Yield every rounded matrix, or run of rows of one, reading each when it is asked for."""
     _, places = read_shard(bundle.weights_directory / FILE, FILE)
-    for part in bundle.quantization["matrices"]:
+    for part in (bundle.quantization or {})["matrices"]:
         found = _ROWS.fullmatch(part)
         name, first = (found["name"], int(found["first"])) if found else (part, 0)
         yield RoundedMatrix(name, first, _weights(part, places))
@@ -46,6 +52,6 @@ def _weights(part: str, places: dict[str, Tensor]) -> np.ndarray:
 
 
 def _codes(place: Tensor) -> np.ndarray:
-    """As they are stored, int8 or two to a byte."""
+    """Read codes as they are stored, int8 or two to a byte."""
     stored = np.int8 if place.dtype == "I8" else np.uint8
     return np.fromfile(place.shard, stored, place.length, offset=place.offset).reshape(place.shape)

@@ -25,17 +25,17 @@ from sfexport.artifacts.manifest_files import BUNDLE_FILE, describe_files, place
 from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
 from sfexport.checkpoint.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor
 from sfexport.checkpoint.config_fields import MAX_FRAMES
-from sfexport.checkpoint.gptq_awq import Taken, adopt
+from sfexport.checkpoint.gptq_awq import PrequantizedMatrix, read_prequantized
 from sfexport.checkpoint.tokenizer_files import has_tokenizer
 from sfexport.checkpoint.tokenizer_making import write_tokenizer
 from sfexport.dtypes import PRECISIONS, Precision
 from sfexport.errors import InputError, SfexportError
 from sfexport.exporting.description import describe_graph
 from sfexport.exporting.weights_file import summary, write_weights
-from sfexport.exporting.weights_layout import HEADS, plan_weights
+from sfexport.exporting.weights_layout import HEADS, layout_weights
 from sfexport.graphs.compressor import build_compressor
 from sfexport.graphs.decoder import build_decoder
-from sfexport.graphs.initializers import Packed, Weights
+from sfexport.graphs.initializers import Packed, Weights, external_to_inputs
 from sfexport.graphs.vision_encoder import build_vision_encoder
 from sfexport.printable import size_text, sizes_text
 from sfexport.progress import OnStep, no_step
@@ -51,17 +51,17 @@ DEFAULT_FRAMES = 64
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
+    """How to export a checkpoint.
 
     Attributes:
         frames: frames sampled from a video by default; None: the config's mm_training_video_frames, else 64.
         weights: 'reference' points into the checkpoint's shards (nothing is copied; other ONNX tools must be
             told where they are); 'copy' takes the shards along; 'auto' copies small ones.
-        precision: what the graphs compute in, 'fp32', 'fp16' or 'bf16', whatever type the weights are stored in.
+        precision: type the graphs compute in, 'fp32', 'fp16' or 'bf16', whatever type the weights are stored in.
         quantize: 'int4' rounds the decoder's linear weights and writes all weights into the bundle; None: nothing.
-        lm_head: the language-model head of a quantised bundle, 'int8' (also None) or 'fp16' (16 bits, not rounded).
-        split_lm_head: pieces that the head is computed in.
-        digest: what a bundle keeps of weights that it points to: 'sampled' blocks, or 'full' for every byte too.
+        lm_head: format of a quantised bundle's language-model head: 'int8' (also None), or 'fp16' for 16 bits.
+        split_lm_head: number of pieces the head is computed in.
+        digest: what the digests of referenced weights cover: 'sampled' blocks, or 'full' for every byte too.
     """
 
     frames: int | None = None
@@ -105,8 +105,12 @@ class Source:
     """Where the graphs' weights lie: in the checkpoint's shards, in copies of them, or in a quantised bundle's file.
 
     Attributes:
-        in_bundle: in the bundle itself. whole: all that the checkpoint had, so that PyTorch can load it.
-        quantization: what rounding did, for the manifest.
+        tensors: places of the weights, by the model's names.
+        shards: the files.
+        in_bundle: the files are in the bundle itself.
+        whole: the files hold all that the checkpoint had, so that PyTorch can load it.
+        packed: quantised matrices by name.
+        quantization: the manifest's account of the rounding; None: nothing was quantised.
     """
 
     tensors: Mapping[str, Tensor]
@@ -124,7 +128,7 @@ class Source:
 def build_graphs(
     checkpoint: Checkpoint, precision: str = "fp32", source: Source | None = None, head_parts: int = 1
 ) -> dict[str, Callable[[], ir.Model]]:
-    """A builder per graph, so that a caller can show progress between them.
+    """Return a builder per graph, so that a caller can show progress between them.
 
     Args:
         source: where the weights are; None: in the checkpoint.
@@ -150,7 +154,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_step: O
         InputError: the output cannot be written or holds something else, or the disk is too small.
     """
     out = as_output(out)
-    checkpoint, taken = adopt(checkpoint)
+    checkpoint, prequantized = read_prequantized(checkpoint)
     checkpoint.validate()
     _check_parts(checkpoint, options)
     _refuse_replacing_weights(checkpoint, out, options)
@@ -162,7 +166,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, on_step: O
         if has_tokenizer(checkpoint.path):
             marked = bool(checkpoint.raw_config.get("mm_use_im_start_end"))
             write_tokenizer(checkpoint.path, directory / TOKENIZER_FILE, marked, checkpoint.config.text.vocab_size)
-        source = _source(checkpoint, taken, directory, options, on_step)
+        source = _source(checkpoint, prequantized, directory, options, on_step)
         for name, build in build_graphs(checkpoint, options.precision, source, options.split_lm_head).items():
             on_step(f"writing {name}.onnx")
             ir.save(build(), directory / f"{name}.onnx")
@@ -180,13 +184,13 @@ def _check_parts(checkpoint: Checkpoint, options: ExportOptions) -> None:
 
 def _source(
     checkpoint: Checkpoint,
-    taken: Mapping[str, Taken],
+    prequantized: Mapping[str, PrequantizedMatrix],
     directory: Path,
     options: ExportOptions,
     on_step: OnStep,
 ) -> Source:
-    if options.quantize is not None or taken:
-        return _quantize_weights(checkpoint, taken, directory, options, on_step)
+    if options.quantize is not None or prequantized:
+        return _quantize_weights(checkpoint, prequantized, directory, options, on_step)
     if _copies_weights(checkpoint, options):
         return Source.of(_copy_weights(checkpoint, directory, on_step), in_bundle=True)
     return Source.of(checkpoint)
@@ -194,24 +198,27 @@ def _source(
 
 def _quantize_weights(
     checkpoint: Checkpoint,
-    taken: Mapping[str, Taken],
+    prequantized: Mapping[str, PrequantizedMatrix],
     directory: Path,
     options: ExportOptions,
     on_step: OnStep,
 ) -> Source:
-    """Where nothing is asked for, what the checkpoint has in 4 bits is taken over and nothing else is rounded."""
+    """Write the bundle's own weights file.
+
+    Without --quantize, keep the checkpoint's own 4-bit weights and quantize nothing else.
+    """
     options.check_own_weights()
     head = options.lm_head or (HEADS[0] if options.quantize else HEADS[1])
     scale_type, rounds = Precision(options.precision).safetensors, options.quantize is not None
-    plan = plan_weights(checkpoint, directory, scale_type, head, options.split_lm_head, taken, rounds)
-    _check_disk(directory, plan.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
-    on_step(f"writing {plan.shard().name} ({size_text(plan.size)})")
-    method = next((matrix.method for matrix in taken.values()), options.quantize)
-    about = {"method": method, "lm_head": head, **write_weights(plan, on_step)}
+    layout = layout_weights(checkpoint, directory, scale_type, head, options.split_lm_head, prequantized, rounds)
+    _check_disk(directory, layout.size, "The quantised weights take", "Free some space, or write it elsewhere with -o.")
+    on_step(f"writing {layout.shard().name} ({size_text(layout.size)})")
+    method = next((matrix.method for matrix in prequantized.values()), options.quantize)
+    about = {"method": method, "lm_head": head, **write_weights(layout, on_step)}
     on_step(summary(about))
-    if any(packed.zeros for packed in plan.packed().values()):
+    if any(packed.zeros for packed in layout.packed().values()):
         on_step("warning: TensorRT takes no zero points; with --quantize int4 these weights are rounded again without.")
-    return Source(plan.tensors(), (plan.shard(),), True, False, plan.packed(), about)
+    return Source(layout.tensors(), (layout.shard(),), True, False, layout.packed(), about)
 
 
 def _refuse_replacing_weights(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
@@ -255,31 +262,21 @@ def _check_disk(directory: Path, size: int, what: str, hint: str) -> None:
 
 
 def _check_graph(file: Path, checked_by_path: bool) -> None:
-    """onnx's full check. By path it also checks that the external data is there, beside the file."""
+    """Run onnx's full check; by path it also checks that the external data is there, beside the file."""
     try:
         if checked_by_path:
             onnx.checker.check_model(str(file), full_check=True)
         else:
-            _check_without_data(onnx.load(file, load_external_data=False))
+            # The checker refuses shards that lie in another directory. With inputs in their place, every node is still
+            # checked and every shape inferred.
+            model = onnx.load(file, load_external_data=False)
+            external_to_inputs(model)
+            onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SfexportError(
             f"The graph {file.name} does not pass onnx's checker: {error}",
             "This is a bug in sfexport; please report it.",
         ) from None
-
-
-def _check_without_data(model: onnx.ModelProto) -> None:
-    """The same check where the shards lie in another directory, which the checker would refuse.
-
-    Initialisers become inputs of the same type: every node is still checked and every shape inferred.
-    """
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    kept = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    onnx.checker.check_model(model, full_check=True)
 
 
 def _write_manifest(checkpoint: Checkpoint, source: Source, directory: Path, out: Path, options: ExportOptions) -> None:

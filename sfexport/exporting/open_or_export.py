@@ -1,4 +1,4 @@
-"""What a build starts from: a bundle as it is, or a checkpoint, exported first."""
+"""Open the bundle that a build starts from, or export it from a checkpoint first."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from sfexport.progress import OnStep, no_step
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How a checkpoint is to be exported; a bundle has to agree.
+class ExportRequest:
+    """How to export a checkpoint; a bundle has to agree.
 
     Attributes:
-        precision: 'auto' or one of PRECISIONS. half: 'auto' is 16 bits wide, else fp32.
-        quantize: as ExportOptions has it. split_lm_head: too; a bundle keeps what it has.
+        precision: 'auto' or one of PRECISIONS.
+        half: 'auto' means the checkpoint's 16-bit type; otherwise fp32.
+        quantize: 'int4', or None.
+        split_lm_head: number of pieces the head is computed in; a bundle keeps its own number.
     """
 
     precision: str = "auto"
@@ -30,47 +32,49 @@ class Wanted:
     split_lm_head: int = 1
 
     def options(self, checkpoint: Checkpoint) -> ExportOptions:
+        """Return the options that export `checkpoint` as asked for."""
         half = checkpoint.half_precision if self.half else "fp32"
         precision = half if self.precision == "auto" else self.precision
         return ExportOptions(precision=precision, quantize=self.quantize, split_lm_head=self.split_lm_head)
 
 
-def bundle_from(
+def open_or_export(
     source: Path,
     beside: Path,
     output: Path | None,
-    wanted: Wanted,
+    request: ExportRequest,
     ours: str = ENGINE_FILE,
     on_step: OnStep = no_step,
 ) -> Bundle:
-    """The bundle at `source`, or the checkpoint there exported to `beside`.
+    """Open the bundle at `source`, or export the checkpoint there to `beside`.
 
     Args:
-        output: where the build will write; checked first, so that no export is lost on a place that is taken.
+        output: where the build will write; checked first, so that no long export ends at an occupied place.
         ours: manifest of the directory that `output` may replace.
 
     Raises:
-        InputError: `output` is taken, or a bundle is not as wanted. CheckpointError, BundleError: see there.
+        InputError: `output` is occupied, or a bundle differs from the request.
+        CheckpointError, BundleError: the source is incomplete or damaged.
     """
     restore(source)
     if (source / BUNDLE_FILE).is_file():
         bundle = Bundle.open(source)
-        _check_agrees(bundle, wanted)
+        _check_agrees(bundle, request)
         return bundle
     checkpoint = Checkpoint.open(source)
     if output is not None:
         check_output(output, ours)
-    return export(checkpoint, beside, wanted.options(checkpoint), on_step)
+    return export(checkpoint, beside, request.options(checkpoint), on_step)
 
 
-def _check_agrees(bundle: Bundle, wanted: Wanted) -> None:
-    if wanted.precision not in ("auto", bundle.precision):
+def _check_agrees(bundle: Bundle, request: ExportRequest) -> None:
+    if request.precision not in ("auto", bundle.precision):
         raise InputError(
-            f"{bundle.path} is a bundle in {bundle.precision}; its precision cannot be changed to {wanted.precision}.",
-            f"Export again with --precision {wanted.precision}, or name the checkpoint.",
+            f"{bundle.path} is a bundle in {bundle.precision}; its precision cannot be changed to {request.precision}.",
+            f"Export again with --precision {request.precision}, or name the checkpoint.",
         )
-    if wanted.quantize and not bundle.quantization:
+    if request.quantize and not bundle.quantization:
         raise InputError(
             f"{bundle.path} is a bundle whose weights are not rounded; that cannot be changed.",
-            f"Export again with --quantize {wanted.quantize}, or name the checkpoint.",
+            f"Export again with --quantize {request.quantize}, or name the checkpoint.",
         )

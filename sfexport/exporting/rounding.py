@@ -1,4 +1,4 @@
-"""Rounding weights to 4 and 8 bits: the arithmetic, on arrays in memory.
+"""Round weights to 4 and 8 bits: the arithmetic, on arrays in memory.
 
 Matrices are [in, out] here, as they are stored: ONNX Runtime turns no other layout into its 4-bit product.
 
@@ -33,7 +33,9 @@ class Rounded:
     Attributes:
         codes: int8 [in, out].
         scales: float32 with values that the stored type has; [in / block, out], or [out] for INT8.
-        weight, plain, searched: sums over all weights of w^2 and of the squared errors of plain and searched scales.
+        weight: sum over all weights of w^2.
+        plain: sum of the squared errors of plain rounding.
+        searched: sum of the squared errors of the searched scales.
     """
 
     codes: np.ndarray
@@ -44,7 +46,7 @@ class Rounded:
 
 
 def block_for(inputs: int, outputs: int) -> int | None:
-    """The block that a matrix [in, out] is rounded in; None: it has no form that TensorRT takes."""
+    """Choose the block that a matrix [in, out] is rounded in; None: it has no form that TensorRT takes."""
     fitting = (block for block in BLOCKS if inputs % block == 0)
     # Two codes share a byte, along the outputs.
     return next(fitting, None) if outputs % 2 == 0 else None
@@ -67,7 +69,7 @@ def round_to_int4(weights: np.ndarray, block: int, scale_type: str) -> Rounded:
 
 
 def _round_blocks(blocks: np.ndarray, scale_type: str, codes: np.ndarray, scales: np.ndarray) -> tuple[float, ...]:
-    """Fill the codes and scales of some blocks [n, block, out]; the sums of Rounded."""
+    """Fill the codes and scales of some blocks [n, block, out]; return the sums of Rounded."""
     largest = _largest(blocks)
     scaled, rounded = np.empty_like(blocks), np.empty_like(blocks)
     plain, least = 0.0, np.full(largest.shape, np.inf, np.float32)
@@ -86,7 +88,7 @@ def _round_blocks(blocks: np.ndarray, scale_type: str, codes: np.ndarray, scales
 
 
 def _round(blocks: np.ndarray, scale: np.ndarray, scaled: np.ndarray, rounded: np.ndarray) -> None:
-    """`scaled` becomes blocks / scale, `rounded` the nearest codes."""
+    """Fill `scaled` with blocks / scale and `rounded` with the nearest codes."""
     np.multiply(blocks, (1 / scale)[:, None], out=scaled)
     np.clip(np.rint(scaled, out=rounded), LOWEST, HIGHEST, out=rounded)
 
@@ -103,20 +105,21 @@ def round_to_int8(weights: np.ndarray, scale_type: str) -> Rounded:
 
 
 def _sum_of_squares(blocks: np.ndarray) -> np.ndarray:
-    """[n, block, out] -> [n, out]."""
-    return np.einsum("nbo,nbo->no", blocks, blocks)
+    """Sum squares over each block, [n, block, out] -> [n, out]."""
+    squares: np.ndarray = np.einsum("nbo,nbo->no", blocks, blocks)
+    return squares
 
 
 def _largest(blocks: np.ndarray) -> np.ndarray:
-    """Largest magnitudes, [n, block, out] -> [n, out]. Raises ValueError for what is not a finite number."""
-    largest = np.abs(blocks).max(axis=1)
+    """Find the largest magnitudes, [n, block, out] -> [n, out]. Raises ValueError for what is not a finite number."""
+    largest: np.ndarray = np.abs(blocks).max(axis=1)
     if not np.isfinite(largest).all():
         raise ValueError("values that are not finite numbers")
     return largest
 
 
 def _stored(scales: np.ndarray, scale_type: str) -> np.ndarray:
-    """`scales` as the stored type has them; 1 where that is 0, since TensorRT takes positive scales only."""
+    """Round scales to the stored type; 1 where that gives 0, since TensorRT takes positive scales only."""
     precision = Precision.from_safetensors(scale_type)
     kept = precision.to_float32(precision.from_float32(scales))
     if not np.isfinite(kept).all():
@@ -126,13 +129,13 @@ def _stored(scales: np.ndarray, scale_type: str) -> np.ndarray:
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """int8 codes [in, out], out even -> uint8 [in, out / 2], the first of two in the low bits, as ONNX has them."""
+    """Pack int8 codes [in, out], out even, into uint8 [in, out / 2], the first of two in the low bits, as in ONNX."""
     pairs = codes.view(np.dtype("<u2"))
     return ((pairs & 15) | ((pairs >> 4) & 0xF0)).astype(np.uint8)
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """uint8 [in, out / 2] -> int8 codes [in, out]."""
+    """Unpack uint8 [in, out / 2] into int8 codes [in, out]."""
     codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
     # An arithmetic shift brings the sign along.
     codes[:, 0::2] = (packed << 4).view(np.int8) >> 4
@@ -141,11 +144,11 @@ def unpack_int4(packed: np.ndarray) -> np.ndarray:
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """codes [in, out] and scales [in / block, out] or [out] -> float32 weights [in, out]."""
+    """Multiply codes [in, out] by scales [in / block, out] or [out]: float32 weights [in, out]."""
     by_block = np.atleast_2d(scales)
     return codes * np.repeat(by_block, len(codes) // len(by_block), axis=0).astype(np.float32)
 
 
 def relative_error(error: float, weight: float) -> float:
-    """Root of squared error over squared weights: 0.1 is an error a tenth as large as the weights."""
+    """Take the root of squared error over squared weights: 0.1 is an error a tenth as large as the weights."""
     return float(np.sqrt(error / weight)) if weight else 0.0

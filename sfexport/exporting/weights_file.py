@@ -1,6 +1,7 @@
-"""Writing a quantised bundle's weights file in one stream from the checkpoint's shards, as weights_layout has it.
+"""Write a quantised bundle's weights file from the checkpoint's shards, in the order planned by weights_layout.
 
-Memory: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
+The safetensors library writes arrays that are all in memory, so tensors are written here, one after the other. Memory
+taken: the rounded form of two matrices (at most 64 MB of each at a time), one being written while the next is rounded,
 and some megabytes per thread; nothing is mapped.
 """
 
@@ -9,14 +10,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sfexport.checkpoint.checkpoint import NO_NUMBERS, Tensor
-from sfexport.checkpoint.gptq_awq import CENTRE
+from sfexport.checkpoint.gptq_awq import CENTRE, PrequantizedMatrix
 from sfexport.dtypes import SAFETENSORS_BYTES, Precision
 from sfexport.errors import CheckpointError
 from sfexport.exporting.rounding import (
@@ -25,7 +26,7 @@ from sfexport.exporting.rounding import (
     round_to_int4,
     round_to_int8,
 )
-from sfexport.exporting.weights_layout import INTEGER, ROUNDED, Item, WeightsPlan
+from sfexport.exporting.weights_layout import INTEGER, ROUNDED, Item, Kind, WeightsLayout
 from sfexport.graphs.initializers import Rows
 from sfexport.progress import OnStep, no_step
 
@@ -40,7 +41,14 @@ _WORTH_REPORTING = 100_000_000
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some outputs (or inputs) of a matrix: scales; codes as they are stored; the sums of quantize.Rounded."""
+    """Some outputs (or inputs) of a matrix, rounded.
+
+    Attributes:
+        start: the first output (or input).
+        scales: float32.
+        data: codes as they are stored.
+        sums: the sums of rounding.Rounded.
+    """
 
     start: int
     scales: np.ndarray
@@ -48,22 +56,23 @@ class _Tile:
     sums: tuple[float, float, float]
 
 
-def write_weights(plan: WeightsPlan, on_step: OnStep = no_step) -> dict[str, Any]:
-    """Write the planned file; what rounding did, for a manifest (see _describe).
+def write_weights(layout: WeightsLayout, on_step: OnStep = no_step) -> dict[str, Any]:
+    """Write the file; return the manifest's account of the rounding (see _describe).
 
     Raises:
         CheckpointError: a weight is not finite, or too large for the scales' type; a shard has become shorter.
     """
-    file, sums = plan.shard().path, {}
-    total, done = plan.weights(*INTEGER), 0
+    file = layout.shard().path
+    sums: dict[Item, np.ndarray | None] = {}
+    total, done = layout.weights(*INTEGER), 0
     with (
         file.open("wb", buffering=0) as stream,
         ThreadPoolExecutor(_cores()) as pool,
-        _Writer(plan, stream.fileno(), pool) as writer,
+        _Writer(layout, stream.fileno(), pool) as writer,
     ):
-        stream.truncate(plan.size)
-        writer.write(plan.header, 0)
-        for item in plan.items:
+        stream.truncate(layout.size)
+        writer.write(layout.header, 0)
+        for item in layout.items:
             try:
                 sums[item] = writer.write_item(item)
             except ValueError as error:
@@ -76,10 +85,10 @@ def write_weights(plan: WeightsPlan, on_step: OnStep = no_step) -> dict[str, Any
 
 
 def _describe(sums: dict[Item, np.ndarray]) -> dict[str, Any]:
-    """Relative weight errors (quantize.relative_error) of plain rounding and of the searched scales.
+    """Return relative weight errors (rounding.relative_error) of plain rounding and of the searched scales.
 
     By kind: weights and scales in all, and the error of them all. `matrices`: each by itself. The errors are against
-    the checkpoint's weights; of those that it has as integers and that are taken over there is none.
+    the checkpoint's weights; codes that are kept have none.
     """
 
     def errors(chosen: list[Item]) -> dict[str, float]:
@@ -90,8 +99,8 @@ def _describe(sums: dict[Item, np.ndarray]) -> dict[str, Any]:
     for kind in INTEGER:
         chosen = [item for item in sums if item.kind == kind]
         counts = {"weights": sum(item.weights for item in chosen), "scales": sum(item.scales for item in chosen)}
-        out[kind] = counts | errors(chosen)
-    out["matrices"] = {item.name: {"kind": item.kind, "block": item.block, **errors([item])} for item in sums}
+        out[kind.value] = counts | errors(chosen)
+    out["matrices"] = {item.name: {"kind": item.kind.value, "block": item.block, **errors([item])} for item in sums}
     return out
 
 
@@ -100,22 +109,23 @@ def _cores() -> int:
 
 
 def summary(rounded: dict[str, Any]) -> str:
-    """One line on what `write_weights` did."""
+    """Sum up in one line what `write_weights` did."""
     lines = []
     for kind in ROUNDED:
-        weights, error, plain = (rounded[kind][key] for key in ("weights", "error", "plain_error"))
+        weights, error, plain = (rounded[kind.value][key] for key in ("weights", "error", "plain_error"))
         if weights:
             than = f" ({plain:.2%} with plain rounding)" if error < plain else ""
-            lines.append(f"{kind.upper()}: {weights / 1e6:,.1f} million weights, off by {error:.2%}{than}")
-    if weights := rounded["taken"]["weights"]:
+            lines.append(f"{kind.value.upper()}: {weights / 1e6:,.1f} million weights, off by {error:.2%}{than}")
+    if weights := rounded[Kind.PREQUANTIZED.value]["weights"]:
         lines.append(f"{weights / 1e6:,.1f} million weights in 4 bits taken over as they are")
     return "; ".join(lines) or "no weight has a form that could be rounded"
 
 
 class _Writer:
-    def __init__(self, plan: WeightsPlan, file: int, pool: ThreadPoolExecutor) -> None:
-        self._plan, self._file, self._pool = plan, file, pool
-        self._background, self._pending = ThreadPoolExecutor(1), None
+    def __init__(self, layout: WeightsLayout, file: int, pool: ThreadPoolExecutor) -> None:
+        self._layout, self._file, self._pool = layout, file, pool
+        self._background = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> _Writer:
         return self
@@ -137,25 +147,26 @@ class _Writer:
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         # NumPy hands out no buffer of bfloat16.
-        rest = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        rest = memoryview(raw)
         while rest:
             count = os.pwrite(self._file, rest, offset)
             rest, offset = rest[count:], offset + count
 
     def write_item(self, item: Item) -> np.ndarray | None:
-        """The sums of quantize.Rounded over the item, None for one that stays as it is."""
-        if item.taken is not None:
-            return self._write_taken(item)
+        """Write an item; the sums of rounding.Rounded over it, None for one that is not quantised."""
+        if item.prequantized is not None:
+            return self._write_prequantized(item, item.prequantized)
         if item.kind in ROUNDED:
             return self._write_rounded(item)
-        place, source = self._plan.places[item.name], item.source
+        place, source = self._layout.places[item.name], item.source
         count, step = math.prod(source.shape), _COPY_BYTES // SAFETENSORS_BYTES[source.dtype]
         mask = Precision.from_safetensors(source.dtype).exponent_mask
         for start in range(0, count, step):
             values = _read(source, start, min(step, count - start))
             if ((values.view(mask.dtype) & mask) == mask).any():
                 raise ValueError("values that are not finite numbers")
-            stored = _narrowed(values, place.dtype) if item.kind == "narrow" else values
+            stored = _narrowed(values, place.dtype) if item.kind == Kind.NARROW else values
             self.write(stored, place.offset + start * SAFETENSORS_BYTES[place.dtype])
         return None
 
@@ -163,11 +174,11 @@ class _Writer:
         inputs, (first, last) = item.source.shape[1], item.span
         tile = min(512, max(64, _TILE // inputs)) // 2 * 2
         group = max(1, _GROUP_BYTES * _per_byte(item) // inputs // tile) * tile
-        scales, sums = np.empty((inputs // (item.block or inputs), last - first), np.float32), np.zeros(3)
+        scales, sums = np.empty((inputs // item.scale_block, last - first), np.float32), np.zeros(3)
         for start in range(first, last, group):
             stop = min(start + group, last)
             spans = [(at, min(at + tile, stop)) for at in range(start, stop, tile)]
-            tiles = self._pool.map(functools.partial(_round_tile, item, self._plan.scale_type), spans)
+            tiles = self._pool.map(functools.partial(_round_tile, item, self._layout.scale_type), spans)
             codes = np.empty((inputs, (stop - start) // _per_byte(item)), np.uint8)
             for done in tiles:
                 column, outputs = (done.start - start) // _per_byte(item), done.scales.shape[-1]
@@ -175,31 +186,31 @@ class _Writer:
                 scales[:, done.start - first : done.start - first + outputs] = done.scales
                 sums += done.sums
             self._write_later(item, codes, start)
-        place = self._plan.places[f"{item.name}.scale"]
-        self.write(Precision.from_safetensors(self._plan.scale_type).from_float32(scales), place.offset)
+        place = self._layout.places[f"{item.name}.scale"]
+        self.write(Precision.from_safetensors(self._layout.scale_type).from_float32(scales), place.offset)
         return sums
 
-    def _write_taken(self, item: Item) -> np.ndarray:
-        """From the checkpoint's codes, some inputs at a time; either as they are or rounded again."""
-        taken, sums = item.taken, np.zeros(3)
-        (inputs, outputs), unit = taken.shape, max(taken.group, item.block)
+    def _write_prequantized(self, item: Item, matrix: PrequantizedMatrix) -> np.ndarray:
+        """Write the checkpoint's codes, some inputs at a time; either as they are or rounded again."""
+        sums = np.zeros(3)
+        (inputs, outputs), unit = matrix.shape, max(matrix.group, item.scale_block)
         step = max(1, _TILE // (outputs * unit)) * unit
         spans = [(at, min(at + step, inputs)) for at in range(0, inputs, step)]
-        scales, zeros = taken.scale_values(), taken.zero_points()
-        convert = functools.partial(_round_again, item, self._plan.scale_type, scales, zeros)
-        codes, scale = self._plan.places[item.codes_name], self._plan.places[f"{item.name}.scale"]
+        scales, zeros = matrix.scale_values(), matrix.zero_points()
+        convert = functools.partial(_round_again, item, matrix, self._layout.scale_type, scales, zeros)
+        codes, scale = self._layout.places[item.codes_name], self._layout.places[f"{item.name}.scale"]
         for done in self._pool.map(convert, spans):
             self.write(done.data, codes.offset + done.start * outputs // 2)
-            stored = _narrowed(done.scales, self._plan.scale_type)
-            self.write(stored, scale.offset + done.start // item.block * outputs * stored.itemsize)
+            stored = _narrowed(done.scales, self._layout.scale_type)
+            self.write(stored, scale.offset + done.start // item.scale_block * outputs * stored.itemsize)
             sums += done.sums
-        if not taken.symmetric and item.kind == "taken":
-            self.write(pack_int4(zeros), self._plan.places[f"{item.name}.zero"].offset)
+        if not matrix.symmetric and item.kind == Kind.PREQUANTIZED:
+            self.write(pack_int4(zeros), self._layout.places[f"{item.name}.zero"].offset)
         return sums
 
     def _write_codes(self, item: Item, codes: np.ndarray, start: int) -> None:
         """Some outputs, from `start` on, of every input: one run of bytes if these are all, else one per input."""
-        (first, last), offset = item.span, self._plan.places[item.codes_name].offset
+        (first, last), offset = item.span, self._layout.places[item.codes_name].offset
         width, column = (last - first) // _per_byte(item), (start - first) // _per_byte(item)
         if codes.shape[1] == width:
             self.write(codes, offset)
@@ -209,17 +220,17 @@ class _Writer:
 
 
 def _per_byte(item: Item) -> int:
-    return 2 if item.kind == "int4" else 1
+    return 2 if item.kind == Kind.INT4 else 1
 
 
 def _round_tile(item: Item, scale_type: str, span: Rows) -> _Tile:
-    """Rows first..last-1 of the source, which are outputs."""
+    """Round rows first..last-1 of the source, which are outputs."""
     (first, last), source, inputs = span, item.source, item.source.shape[1]
     stored = _read(source, first * inputs, (last - first) * inputs)
     rows = Precision.from_safetensors(source.dtype).to_float32(stored).reshape(-1, inputs)
     weights = np.ascontiguousarray(rows.T)
-    if item.kind == "int4":
-        rounded = round_to_int4(weights, item.block, scale_type)
+    if item.kind == Kind.INT4:
+        rounded = round_to_int4(weights, item.scale_block, scale_type)
         data = pack_int4(rounded.codes)
     else:
         rounded = round_to_int8(weights, scale_type)
@@ -227,20 +238,22 @@ def _round_tile(item: Item, scale_type: str, span: Rows) -> _Tile:
     return _Tile(first, rounded.scales, data, (rounded.weight, rounded.plain, rounded.searched))
 
 
-def _round_again(item: Item, scale_type: str, scales: np.ndarray, zeros: np.ndarray, span: Rows) -> _Tile:
-    """Inputs first..last-1 of a matrix that the checkpoint has as integers, of which these are scales and zeros."""
-    (first, last), taken = span, item.taken
-    codes, groups = taken.codes_of(first, last), slice(first // taken.group, last // taken.group)
-    if item.kind == "taken":
-        data = pack_int4(codes ^ CENTRE if taken.symmetric else codes)
+def _round_again(
+    item: Item, matrix: PrequantizedMatrix, scale_type: str, scales: np.ndarray, zeros: np.ndarray, span: Rows
+) -> _Tile:
+    """Keep or round inputs first..last-1 of a matrix whose scales and zero points these are."""
+    first, last = span
+    codes, groups = matrix.codes_of(first, last), slice(first // matrix.group, last // matrix.group)
+    if item.kind == Kind.PREQUANTIZED:
+        data = pack_int4(codes ^ CENTRE if matrix.symmetric else codes)
         return _Tile(first, scales[groups], data, (0.0, 0.0, 0.0))
-    by_input = (np.repeat(values[groups], taken.group, axis=0).astype(np.float32) for values in (zeros, scales))
-    rounded = round_to_int4((codes - next(by_input)) * next(by_input), item.block, scale_type)
+    by_input = (np.repeat(values[groups], matrix.group, axis=0).astype(np.float32) for values in (zeros, scales))
+    rounded = round_to_int4((codes - next(by_input)) * next(by_input), item.scale_block, scale_type)
     return _Tile(first, rounded.scales, pack_int4(rounded.codes), (rounded.weight, rounded.plain, rounded.searched))
 
 
 def _read(tensor: Tensor, start: int, count: int) -> np.ndarray:
-    """`count` stored numbers from the start-th on, read and not mapped."""
+    """Read `count` stored numbers from the start-th on, without mapping the file."""
     offset = tensor.offset + start * SAFETENSORS_BYTES[tensor.dtype]
     values = np.fromfile(tensor.shard, Precision.from_safetensors(tensor.dtype).numpy, count, offset=offset)
     if len(values) < count:

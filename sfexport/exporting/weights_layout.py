@@ -1,4 +1,4 @@
-"""What a quantised bundle's weights file will hold, decided before any weight is read.
+"""Lay out a quantised bundle's weights file before any weight is read.
 
 One safetensors file holds everything the graphs need: rounded matrices, and copies of what is left alone. So the bundle
 stands without the checkpoint, which is more than twice as large; and graphs can point to one directory only.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from sfexport.checkpoint.checkpoint import Checkpoint, Shard, Tensor
-from sfexport.checkpoint.gptq_awq import DECODER_LINEAR, Taken
+from sfexport.checkpoint.gptq_awq import DECODER_LINEAR, PrequantizedMatrix
 from sfexport.checkpoint.safetensors import write_header
 from sfexport.dtypes import SAFETENSORS_BYTES
 from sfexport.exporting.rounding import block_for
@@ -20,24 +21,38 @@ from sfexport.graphs.initializers import Packed, Rows, even_parts, head_name, pa
 
 FILE = "weights.safetensors"
 HEADS = ("int8", "fp16")
-ROUNDED = ("int4", "int8")
-INTEGER = (*ROUNDED, "taken")
+
+
+class Kind(str, Enum):
+    """What is stored for a tensor. The values are those of manifests."""
+
+    INT4 = "int4"  # rounded
+    INT8 = "int8"  # rounded
+    PREQUANTIZED = "taken"  # the checkpoint's 4-bit codes as they are
+    NARROW = "narrow"  # 16 bits in place of 32
+    COPY = "copy"
+
+
+ROUNDED = (Kind.INT4, Kind.INT8)
+INTEGER = (*ROUNDED, Kind.PREQUANTIZED)
 
 
 @dataclass(frozen=True)
 class Item:
-    """What becomes of a tensor, or of some of its rows.
+    """How one tensor, or a range of its rows, is stored in the weights file.
 
     Attributes:
-        kind: 'int4', 'int8': rounded. 'taken': 4-bit codes of the checkpoint. 'narrow': to 16 bits. 'copy': nothing.
-        taken: what the checkpoint has in the place of `source`, to be taken over or to be rounded again.
+        source: the checkpoint's tensor.
+        rows: the rows meant; None: all.
+        block: number of inputs that share a scale; None: all of them.
+        prequantized: the checkpoint's 4-bit codes in the place of `source`, to be kept or to be rounded again.
     """
 
     source: Tensor
-    kind: str
+    kind: Kind
     rows: Rows | None = None
     block: int | None = None
-    taken: Taken | None = None
+    prequantized: PrequantizedMatrix | None = None
 
     @property
     def name(self) -> str:
@@ -45,7 +60,7 @@ class Item:
 
     @property
     def codes_name(self) -> str:
-        return f"{self.name}.{'int8' if self.kind == 'int8' else 'int4'}"
+        return f"{self.name}.{'int8' if self.kind == Kind.INT8 else 'int4'}"
 
     @property
     def span(self) -> Rows:
@@ -56,18 +71,26 @@ class Item:
         return (self.span[1] - self.span[0]) * math.prod(self.source.shape[1:])
 
     @property
+    def scale_block(self) -> int:
+        """Number of inputs that share a scale."""
+        return self.block or self.source.shape[1]
+
+    @property
     def scales(self) -> int:
-        """How many scales a rounded one has."""
-        return (self.span[1] - self.span[0]) * (self.source.shape[1] // (self.block or self.source.shape[1]))
+        """Number of scales, if the item is rounded."""
+        return (self.span[1] - self.span[0]) * (self.source.shape[1] // self.scale_block)
 
 
 @dataclass(frozen=True)
-class WeightsPlan:
-    """What a weights file will hold and where.
+class WeightsLayout:
+    """Contents of a weights file, and the place of each tensor in it.
 
     Attributes:
-        places: written tensors by name; their shard is the file in the directory that was planned for.
-        header: the file's first bytes. size: of the whole file.
+        items: tensors in the order in which they are read.
+        places: written tensors by name; their shard is the file to be written.
+        header: the file's first bytes.
+        size: bytes of the whole file.
+        scale_type: safetensors' name of the scales' dtype.
     """
 
     items: tuple[Item, ...]
@@ -84,11 +107,11 @@ class WeightsPlan:
         return Packed(codes, self.places[f"{item.name}.scale"], item.block, zeros)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are as the model has them, by the model's names."""
-        return {item.name: self.places[item.name] for item in self.items if item.kind in ("narrow", "copy")}
+        """Return the tensors that are not quantised, by the model's names."""
+        return {item.name: self.places[item.name] for item in self.items if item.kind in (Kind.NARROW, Kind.COPY)}
 
-    def weights(self, *kinds: str) -> int:
-        """How many weights become of these kinds."""
+    def weights(self, *kinds: Kind) -> int:
+        """Count the weights of these kinds."""
         return sum(item.weights for item in self.items if item.kind in kinds)
 
     def shard(self) -> Shard:
@@ -96,59 +119,61 @@ class WeightsPlan:
         return Shard(FILE, file, self.size)
 
 
-def plan_weights(
+def layout_weights(
     checkpoint: Checkpoint,
     directory: Path,
     scale_type: str,
     head: str = "int8",
     head_parts: int = 1,
-    taken: Mapping[str, Taken] | None = None,
+    prequantized: Mapping[str, PrequantizedMatrix] | None = None,
     rounds: bool = True,
-) -> WeightsPlan:
-    """Decide what becomes of every tensor the graphs need.
+) -> WeightsLayout:
+    """Decide how every tensor that the graphs need is stored.
 
     The decoder layers' linear weights become INT4, in blocks of 128, of 64 where 128 does not divide their inputs; one
     that 64 does not divide either is left alone, as is everything else but the head.
 
     Args:
-        scale_type: 'F32', 'F16' or 'BF16', as the graphs compute.
+        scale_type: safetensors' name of the type the graphs compute in.
         head: 'int8', or 'fp16': 16 bits wide, as it is where it is stored so.
-        taken: what the checkpoint has in the place of some weights (gptq_awq.adopt).
-        rounds: round linear weights, and those of `taken` again that are not symmetric; else take over what there is.
+        prequantized: the checkpoint's 4-bit matrices by name (gptq_awq.read_prequantized).
+        rounds: round linear weights, and those of `prequantized` again that are not symmetric; otherwise keep the
+            checkpoint's codes.
     """
-    text, items, taken = checkpoint.config.text, [], taken or {}
+    items: list[Item] = []
+    text, prequantized = checkpoint.config.text, prequantized or {}
     for tensor in sorted((checkpoint.tensors[n] for n in checkpoint.expected_tensors()), key=_position):
         if tensor.name == f"{head_name(text)}.weight":
             items += _head_items(tensor, head, head_parts, text.tie_word_embeddings)
         else:
-            items.append(_item(tensor, taken.get(tensor.name), rounds))
+            items.append(_item(tensor, prequantized.get(tensor.name), rounds))
     places, header, size = _lay_out(items, directory / FILE, scale_type)
-    return WeightsPlan(tuple(items), places, header, size, scale_type)
+    return WeightsLayout(tuple(items), places, header, size, scale_type)
 
 
 def _position(tensor: Tensor) -> tuple[str, int]:
-    """Reading goes through the shards from end to end."""
+    """Sort key that reads each shard from end to end."""
     return str(tensor.shard), tensor.offset
 
 
-def _item(tensor: Tensor, taken: Taken | None, rounds: bool) -> Item:
+def _item(tensor: Tensor, prequantized: PrequantizedMatrix | None, rounds: bool) -> Item:
     block = block_for(tensor.shape[1], tensor.shape[0]) if rounds and DECODER_LINEAR.fullmatch(tensor.name) else None
-    if taken and (taken.symmetric or block is None):
-        return Item(tensor, "taken", block=taken.group, taken=taken)
-    return Item(tensor, "int4", block=block, taken=taken) if block else Item(tensor, "copy")
+    if prequantized and (prequantized.symmetric or block is None):
+        return Item(tensor, Kind.PREQUANTIZED, block=prequantized.group, prequantized=prequantized)
+    return Item(tensor, Kind.INT4, block=block, prequantized=prequantized) if block else Item(tensor, Kind.COPY)
 
 
 def _head_items(tensor: Tensor, head: str, parts: int, tied: bool) -> list[Item]:
     if head == "int8":
         pieces = [None] if parts == 1 else even_parts(tensor.shape[0], parts)
-        rounded = [Item(tensor, "int8", rows) for rows in pieces]
+        rounded = [Item(tensor, Kind.INT8, rows) for rows in pieces]
         # Tied to the head, the embedding table is still read row by row.
-        return [*rounded, Item(tensor, "copy")] if tied else rounded
-    return [Item(tensor, "narrow" if tensor.dtype == "F32" else "copy")]
+        return [*rounded, Item(tensor, Kind.COPY)] if tied else rounded
+    return [Item(tensor, Kind.NARROW if tensor.dtype == "F32" else Kind.COPY)]
 
 
 def _lay_out(items: Sequence[Item], file: Path, scale_type: str) -> tuple[dict[str, Tensor], bytes, int]:
-    """Places in a file, widest numbers first, so that each is aligned."""
+    """Lay the items out in a file, widest numbers first, so that each is aligned; places, header and size."""
     entries = [entry for item in items for entry in _entries(item, scale_type)]
     entries.sort(key=lambda entry: -SAFETENSORS_BYTES[entry[1]])
     header, places = write_header(entries, file, "sfexport")
@@ -156,22 +181,22 @@ def _lay_out(items: Sequence[Item], file: Path, scale_type: str) -> tuple[dict[s
 
 
 def _entries(item: Item, scale_type: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of what is written for an item."""
+    """Yield name, dtype and shape of the tensors written for an item."""
     source = item.source
-    if item.kind == "copy":
+    if item.kind == Kind.COPY:
         yield item.name, source.dtype, source.shape
-    elif item.kind == "narrow":
+    elif item.kind == Kind.NARROW:
         yield item.name, _narrow_type(scale_type), source.shape
-    elif item.kind == "int8":
+    elif item.kind == Kind.INT8:
         outputs = item.span[1] - item.span[0]
         yield item.codes_name, "I8", (source.shape[1], outputs)
         yield f"{item.name}.scale", scale_type, (outputs,)
     else:
         outputs, inputs = source.shape
         yield item.codes_name, "U8", (inputs, outputs // 2)
-        yield f"{item.name}.scale", scale_type, (inputs // item.block, outputs)
-        if item.kind == "taken" and not item.taken.symmetric:
-            yield f"{item.name}.zero", "U8", (inputs // item.block, outputs // 2)
+        yield f"{item.name}.scale", scale_type, (inputs // item.scale_block, outputs)
+        if item.kind == Kind.PREQUANTIZED and item.prequantized and not item.prequantized.symmetric:
+            yield f"{item.name}.zero", "U8", (inputs // item.scale_block, outputs // 2)
 
 
 def _narrow_type(scale_type: str) -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 
 from sfexport.checkpoint.checkpoint import Tensor
@@ -111,6 +112,18 @@ def _external(
         name=name,
         base_dir=place.shard.parent,
     )
+
+
+def external_to_inputs(model: onnx.ModelProto) -> None:
+    """Turn initialisers with external data into inputs of the same type and shape, so that no other file is needed."""
+    kept = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
 
 
 def even_parts(total: int, parts: int) -> list[Rows]:
