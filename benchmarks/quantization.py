@@ -57,7 +57,7 @@ class Decoder:
     """A backend fed with random tokens and slow tokens, the same for every variant."""
 
     def __init__(self, backend: str, path: str) -> None:
-        from sfexport.artifacts.manifest import Bundle
+        from sfexport.artifacts.bundle import Bundle
         from sfexport.checkpoint.checkpoint import Checkpoint
         from sfexport.engines.embedding import EmbeddingTable
 
@@ -172,7 +172,7 @@ def demo(variant: str, folder: str, clips: str) -> dict[str, Any]:
     """Right answers of the shipped model, and its logits after every question of the clips."""
     from shapes_accuracy import clips as make_clips
 
-    from sfexport.artifacts.manifest import Bundle
+    from sfexport.artifacts.bundle import Bundle
     from sfexport.demo.shipped import SHIPPED
     from sfexport.engines.build import build
     from sfexport.qa.pipeline import Pipeline

@@ -12,7 +12,8 @@ from sfexport.progress import OnProgress, OnStep, no_progress, no_step
 from sfexport.values import as_output, as_path
 
 if TYPE_CHECKING:
-    from sfexport.artifacts.manifest import Bundle, Engines
+    from sfexport.artifacts.bundle import Bundle
+    from sfexport.artifacts.engines import Engines
     from sfexport.comparing.run import ParityReport
     from sfexport.doctor.diagnosis import Diagnosis
     from sfexport.engines.tensorrt.build import TensorRTOptions

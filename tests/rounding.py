@@ -17,7 +17,7 @@ from golden_data import Golden
 from onnx import TensorProto, helper, inliner, shape_inference
 from sessions import model_session
 
-from sfexport.artifacts.manifest import GRAPHS
+from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.exporting.export import ExportOptions, export

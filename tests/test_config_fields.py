@@ -12,7 +12,7 @@ import pytest
 from conftest import Tree
 from helpers import assert_says, refusal, set_fields, sfexport
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.config_fields import MAX_FRAMES, ConfigFields

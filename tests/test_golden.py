@@ -17,7 +17,7 @@ import pytest
 from golden_data import ROOT, Golden, directories, goldens
 from sessions import model_session
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights, source_frames

@@ -14,7 +14,8 @@ from conftest import Tree
 from helpers import assert_says, refusal, sfexport, split_shard, write_shard
 
 from sfexport.artifacts import identity
-from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.artifacts.bundle import Bundle
+from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import BundleError

@@ -24,7 +24,8 @@ from helpers import (
 )
 
 from sfexport import __version__
-from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.artifacts.bundle import Bundle
+from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines import memory
 from sfexport.engines.build import build

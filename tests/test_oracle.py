@@ -11,7 +11,7 @@ import pytest
 from conftest import Tree
 from helpers import FIRST, assert_says, change_tensors, document, refusal, set_fields, sfexport
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.errors import CheckpointError

@@ -17,7 +17,7 @@ from golden_data import Golden, goldens
 from helpers import assert_says, document, edit_json, sfexport
 from rounding import RoundedGolden, RoundedGraph
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import DECODE_MODES
 from sfexport.checkpoint.vision_tower import Tower, VitTower

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sfexport.artifacts.atomic import restore
-from sfexport.artifacts.manifest import Bundle, Engines, resolve_engines
+from sfexport.artifacts.bundle import Bundle
+from sfexport.artifacts.engines import Engines, resolve_engines
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import TOWER_PREFIX

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfexport.artifacts.atomic import new_directory
+from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.artifacts.engines import Engines
 from sfexport.artifacts.identity import full_sha256
-from sfexport.artifacts.manifest import GRAPHS, Bundle, Engines
 from sfexport.artifacts.manifest_fields import AGAIN
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, describe_files, place, write_manifest
 from sfexport.engines.interface import Backend

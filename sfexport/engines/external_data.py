@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.manifest_fields import AGAIN
 from sfexport.dtypes import onnx_bits
 from sfexport.errors import BundleError

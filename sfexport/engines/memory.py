@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.artifacts.manifest import GRAPHS
+from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.dtypes import Precision

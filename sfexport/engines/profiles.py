@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import fast_token_count, source_frames
 from sfexport.engines.interface import VISION_CHUNK

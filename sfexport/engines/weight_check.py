@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import NO_NUMBERS
 from sfexport.dtypes import Precision
 from sfexport.engines.external_data import stored_tensors

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Tensor, read_shard
 from sfexport.exporting.rounding import dequantize, unpack_int4
 from sfexport.exporting.weights_layout import FILE

@@ -19,8 +19,8 @@ import onnx
 import onnx_ir as ir
 
 from sfexport.artifacts.atomic import new_directory
+from sfexport.artifacts.bundle import GRAPHS, QUANTIZATIONS, Bundle, describe_embedding
 from sfexport.artifacts.identity import describe_shard
-from sfexport.artifacts.manifest import GRAPHS, QUANTIZATIONS, Bundle, describe_embedding
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, describe_files, place, write_manifest
 from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
 from sfexport.checkpoint.checkpoint import INDEX_FILE, Checkpoint, Shard, Tensor

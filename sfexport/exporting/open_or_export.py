@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfexport.artifacts.atomic import restore
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE
 from sfexport.artifacts.ownership import check_output
 from sfexport.checkpoint.checkpoint import Checkpoint

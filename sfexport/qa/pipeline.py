@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.artifacts.manifest import Engines
+from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.added_tokens import TOKENIZER_FILE
 from sfexport.checkpoint.config_fields import MAX_FRAMES
 from sfexport.checkpoint.fast_path import fast_token_count

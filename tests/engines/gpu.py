@@ -16,7 +16,7 @@ from recorder import Recorder
 from trt_bindings.execution import HostExecution
 from trt_bindings.host_cuda import HostDriver
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.graphs.cross_attention import DOMAIN, cross_attention_function
 from sfexport.graphs.plugin_nodes import COMBINE, SPLIT
 from sfexport.machines.machine import Cuda, Gpu, Machine, detect_machine

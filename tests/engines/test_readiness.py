@@ -11,8 +11,8 @@ import onnx
 import pytest
 from helpers import document, edit_json, refusal, sfexport, strict_json
 
+from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.identity import full_sha256
-from sfexport.artifacts.manifest import Bundle
 from sfexport.artifacts.manifest_files import BUNDLE_FILE
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED

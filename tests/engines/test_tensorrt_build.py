@@ -13,7 +13,7 @@ import pytest
 from gpu import ORIN, VERSIONS, PlayedGpu, played_gpu
 from helpers import promise_again, sfexport
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from gpu import VERSIONS, played_gpu
 
-from sfexport.artifacts.manifest import Bundle, Engines
+from sfexport.artifacts.bundle import Bundle
+from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames

@@ -10,7 +10,7 @@ from typing import Any
 import sfexport
 from fuzz.base import BUNDLE, CHECKPOINT, CLIP, ENGINES, FRAMES, QUESTION, read, whole
 from fuzz.kinds import Case, Expect, Kind, Wrong, call, command
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.build import build
 from sfexport.exporting.export import ExportOptions, export

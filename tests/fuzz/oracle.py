@@ -9,7 +9,7 @@ from typing import Any
 import sfexport
 from fuzz.base import BUNDLE, CHECKPOINT, ENGINES, FRAMES, QUESTION, Reading, difference, whole
 from fuzz.kinds import Case, Refused, Unexpected, Wrong, call
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 
 # Fields of transformers' configuration -> of the bundle's.
 SAME_FIELDS = {

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from helpers import split_shard, write_shard
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.dtypes import Precision
 from sfexport.engines import onnxruntime_backend
 from sfexport.engines.interface import DecoderStep

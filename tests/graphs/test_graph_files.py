@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.fast_path import cell_weights, fast_token_count, frame_weights
 from sfexport.exporting.export import ExportOptions, export

@@ -16,7 +16,7 @@ import pytest
 from helpers import assert_says, change_tensors, document, edit_json, sfexport, snapshot, split_shard, write_shard
 from quantized import ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import CheckpointError, InputError

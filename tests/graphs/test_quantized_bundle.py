@@ -20,7 +20,7 @@ import pytest
 from helpers import assert_says, edit_json, snapshot, split_shard
 from quantized import FILE, ORT, as_dtype, assert_same, exactly, optimized, run, stored_weights, with_weights_of
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.comparing import run as parity
 from sfexport.comparing.run import run_parity

@@ -22,7 +22,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from sfexport.artifacts.manifest import Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
 from sfexport.graphs import names

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda

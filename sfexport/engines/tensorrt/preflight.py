@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from sfexport.artifacts.atomic import new_directory
-from sfexport.artifacts.manifest import GRAPHS, Bundle
+from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles

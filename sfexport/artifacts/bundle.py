@@ -1,7 +1,6 @@
-"""What a bundle and an engine directory promise, and checking it before anything in them is used.
+"""Open a bundle: a directory with three graphs and a manifest `sfexport.json`.
 
-Both are directories with a JSON manifest: `sfexport.json` in a bundle, `engine.json` beside engines. Neither the
-manifests nor what they list are trusted: types, names, digests and places are checked at every open.
+Neither the manifest nor the files it lists are trusted: types, names, digests and places are checked at every open.
 """
 
 from __future__ import annotations
@@ -13,17 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sfexport.artifacts.atomic import restore
-from sfexport.artifacts.identity import changed_since, full_sha256, has_content, has_weights
-from sfexport.artifacts.manifest_fields import (
-    BundleFields,
-    EngineFields,
-    TensorRTFields,
-    check_fields,
-    damaged,
-    is_finite,
-)
-from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, check_files, gone, open_manifest, places
+from sfexport.artifacts.identity import has_content, has_weights
+from sfexport.artifacts.manifest_fields import BundleFields, check_fields, damaged, is_finite
+from sfexport.artifacts.manifest_files import BUNDLE_FILE, check_files, gone, open_manifest, places
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor, read_json
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.image_processor import FILE as PROCESSOR
@@ -33,23 +24,28 @@ from sfexport.checkpoint.vision_tower import tower_from_sizes
 from sfexport.errors import BundleError, CheckpointError, InputError
 
 GRAPHS = ("vision_encoder", "compressor", "decoder")
-# What a decoder's linear weights can be rounded to.
+# Formats that a decoder's linear weights can be rounded to.
 QUANTIZATIONS = ("int4",)
-# Weights held as integers, by how they became so ('taken': the checkpoint had them), and the bits of each.
+# Bits of the weights that are held as integers ('taken': the checkpoint's own codes).
 _INTEGER_BITS = {"int4": 4, "int8": 8, "taken": 4}
 EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: three graphs, side files, and where the weights are."""
+    """An opened bundle: three graphs, side files, and where the weights are.
+
+    Attributes:
+        path: the directory.
+        content: the manifest.
+    """
 
     path: Path
     content: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
-        """Check the manifest, every file's sha256, and every weight file's size and sampled content.
+        """Open a bundle: check the manifest, every file's sha256, every weight file's size and sampled content.
 
         Raises:
             BundleError: naming what is missing or changed.
@@ -62,17 +58,20 @@ class Bundle:
         inside = bundle._weight_files if content["weights"]["directory"]["relative"] == "." else {}
         needed = ["config.json", *(f"{name}.onnx" for name in GRAPHS)]
         check_files(path, content["files"], BUNDLE_FILE, needed, set(inside))
-        bundle.weights_directory, bundle._check_content()
+        _ = bundle.weights_directory  # raises where no directory has the weights
+        bundle._check_content()
         return bundle
 
     @cached_property
     def weights_directory(self) -> Path:
         """The real directory that the graphs' external data lies in: the first whose files have the right content."""
         stored = self.content["weights"]["directory"]
-        found = places(stored, self.path)
-        problems = [self._weights_problem(directory) for directory in found]
-        if None in problems:
-            return found[problems.index(None)]
+        problems = []
+        for directory in places(stored, self.path):
+            problem = self._weights_problem(directory)
+            if problem is None:
+                return directory
+            problems.append(problem)
         if problems:
             raise problems[0]
         hint = "Export again, or export with --weights copy to get a bundle that can be moved."
@@ -130,6 +129,7 @@ class Bundle:
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json as it is."""
         return read_json(self.path / "config.json")
 
     @cached_property
@@ -141,38 +141,46 @@ class Bundle:
 
     @cached_property
     def image(self) -> ImageProcessorConfig:
-        return ImageProcessorConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.content["image"].items()}
-        )
+        """Preprocessing of frames."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.content["image"].items()
+        }
+        return ImageProcessorConfig(**fields)
 
     @property
     def frames(self) -> int:
         """Frames sampled from a video unless a question's caller says otherwise."""
-        return self.content["options"]["frames"]
+        frames: int = self.content["options"]["frames"]
+        return frames
 
     @property
     def precision(self) -> str:
-        """What the graphs compute in: one of PRECISIONS."""
-        return self.content["options"]["precision"]
+        """Type the graphs compute in: one of dtypes.PRECISIONS."""
+        precision: str = self.content["options"]["precision"]
+        return precision
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """What rounding did to the weights, or None where they were not rounded: method, lm_head, errors."""
+        """The manifest's account of the rounding: method, lm_head, errors; None: nothing was rounded."""
         return self.content.get("quantization")
 
     def weight_bytes(self, width: int) -> int:
         """Bytes of the graphs' weights where floats are held in `width` bytes each and integers as they are stored."""
-        floats, integers = self.content["weights"]["parameters"], 0
-        for kind, bits in _INTEGER_BITS.items() if self.quantization else ():
-            weights, scales = (self.quantization[kind][part] for part in ("weights", "scales"))
-            floats, integers = floats - weights + scales, integers + weights * bits // 8
+        floats: int = self.content["weights"]["parameters"]
+        integers = 0
+        if quantization := self.quantization:
+            for kind, bits in _INTEGER_BITS.items():
+                weights, scales = (quantization[kind][part] for part in ("weights", "scales"))
+                floats, integers = floats - weights + scales, integers + weights * bits // 8
         return width * floats + integers
 
     def tokens_per_frame(self, single_image: bool) -> int:
         """Slow tokens of a frame: pooled for a video, all for a single image."""
-        return self.content["tokens_per_frame"]["image" if single_image else "video"]
+        count: int = self.content["tokens_per_frame"]["image" if single_image else "video"]
+        return count
 
     def graph_file(self, name: str) -> Path:
+        """Path of the graph `name`, one of GRAPHS."""
         return self.path / f"{name}.onnx"
 
     def embedding(self) -> Tensor:
@@ -188,11 +196,12 @@ class Bundle:
         )
 
     def generation_config(self) -> dict[str, Any]:
+        """Read generation_config.json; empty where the checkpoint has none."""
         name = "generation_config.json"
         return read_json(self.path / name) if name in self.content["files"] else {}
 
     def _weights_problem(self, directory: Path) -> BundleError | None:
-        """Why a directory's files are not this bundle's weights."""
+        """Find out why a directory's files are not this bundle's weights; None: they are."""
         for name, promised in self._weight_files.items():
             if not (directory / name).is_file():
                 return BundleError(f"The weight shard {directory / name} is missing.", "Put it back or export again.")
@@ -205,7 +214,7 @@ class Bundle:
         return None
 
     def _check_content(self) -> None:
-        """Compare what the manifest says twice, or what the bundle's other files say too."""
+        """Refuse a manifest that contradicts itself or the bundle's other files."""
         content = self.content
         try:
             tower = tower_from_sizes(content["model"].get("tower"))
@@ -227,7 +236,7 @@ class Bundle:
             raise damaged(self.path, "more of its weights are rounded than there are")
 
     def _check_embedding(self) -> None:
-        """The table is a tensor of one of the weight files: rows are read from there without another check."""
+        """Check that the table is a tensor of a weight file: rows are read from there without another check."""
         said, text = self.embedding(), self.config.text
         if said.shard.name not in self._weight_files or said.shape != (text.vocab_size, text.hidden_size):
             raise damaged(self.path, "its token embedding is in no weight file, or has not the model's shape")
@@ -239,6 +248,7 @@ class Bundle:
 
 
 def describe_embedding(tensor: Tensor) -> dict[str, Any]:
+    """Describe the token embedding's place for a manifest."""
     return {
         "file": tensor.shard.name,
         "dtype": tensor.dtype,
@@ -246,80 +256,3 @@ def describe_embedding(tensor: Tensor) -> dict[str, Any]:
         "offset": tensor.offset,
         "length": tensor.length,
     }
-
-
-@dataclass(frozen=True)
-class Engines:
-    """An opened engine directory and the bundle it was built from."""
-
-    path: Path
-    content: dict[str, Any]
-    bundle: Bundle
-
-    @classmethod
-    def open(cls, path: Path) -> Engines:
-        """Check manifests and files. `path` may also hold exactly one engine directory.
-
-        Raises:
-            BundleError: naming what is missing, changed or of another version.
-        """
-        path = resolve_engines(path)
-        content = open_manifest(path, ENGINE_FILE, "an engine directory")
-        check_fields(content, EngineFields, path)
-        if content["backend"] == "tensorrt":
-            check_fields(content, TensorRTFields, path)
-        suffix = {"onnxruntime": "onnx", "tensorrt": "engine"}.get(content["backend"])
-        needed = [f"{name}.{suffix}" for name in GRAPHS] if suffix else []
-        check_files(path, content["files"], ENGINE_FILE, needed, set())
-        where, promised = cls._find_bundle(path, content["bundle"]), content["bundle"]["sha256"]
-        bundle = Bundle.open(where)
-        if full_sha256(where / BUNDLE_FILE) != promised:
-            raise BundleError(
-                f"The bundle {where} is not the one the engines in {path} were built from.",
-                f"Build again: sfexport build {where} -o {path}",
-            )
-        if content["weights_read"].keys() != bundle.weight_sizes.keys():
-            raise damaged(path, "its 'weights_read' are not the bundle's weight files")
-        return cls(path, content, bundle)
-
-    def check_weights(self) -> None:
-        """Refuse weights that were edited in place after the build, also where no sampled block shows it."""
-        for name, read in self.content["weights_read"].items():
-            file = self.bundle.weights_directory / name
-            if changed_since(file, read):
-                raise BundleError(
-                    f"The weight shard {file} is not the one that the engines in {self.path} were built with: its "
-                    "content has changed.",
-                    "Put it back, or export and build again.",
-                )
-
-    @staticmethod
-    def _find_bundle(path: Path, stored: dict[str, str]) -> Path:
-        """The bundle beside the engines, so that a copied tree is whole; else the recorded one."""
-        beside = Path(os.path.realpath(path / stored["relative"]))
-        for found in (beside, Path(stored["absolute"])):
-            restore(found)
-            if found.exists():
-                return found
-        raise gone(stored, path, "the bundle it was built from", "Put it back, or build again.")
-
-    def check_runtime(self, name: str, version: str) -> None:
-        """Refuse engines of another runtime or version, before any is deserialised."""
-        built = self.content["runtime"]
-        if built["name"] != name or built["version"] != version:
-            raise BundleError(
-                f"The engines in {self.path} were built with {built['name']} {built['version']}; this machine has "
-                f"{name} {version}.",
-                f"Build again: sfexport build {self.bundle.path} -o {self.path}",
-            )
-
-
-def resolve_engines(path: Path) -> Path:
-    """`path` itself, or the one engine directory in it."""
-    if not path.is_dir() or (path / ENGINE_FILE).is_file():
-        return path
-    found = sorted(p for p in path.iterdir() if not p.name.startswith(".") and (p / ENGINE_FILE).is_file())
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise BundleError(f"{path} holds several engine directories ({names}).", "Name one of them.")
-    return found[0] if found else path
