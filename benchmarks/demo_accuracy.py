@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--clips", type=int, default=1000)
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="another checkpoint of the same world")
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="another checkpoint trained on such clips")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     check_seed(options.seed)

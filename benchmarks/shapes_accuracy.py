@@ -1,5 +1,7 @@
-"""Asking a model about clips of the demo's world, as real video files through exported engines. Used by
-demo_accuracy.py and slow_fast.py."""
+"""Ask a model about the demo's clips, as real video files through exported engines.
+
+Used by benchmarks/demo_accuracy.py and benchmarks/slow_fast.py.
+"""
 
 from __future__ import annotations
 

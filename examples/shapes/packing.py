@@ -118,7 +118,7 @@ class Clips(Dataset):
     def _fragments(self, scene: Scene, rng: np.random.Generator) -> list[Segment]:
         """Short captions without a chat around them: the loss is on what follows the key word."""
         captions: list[tuple[str, str, int | None]] = []
-        for t in scene.things:
+        for t in scene.shapes:
             captions += [(t.shape, f" {t.colour} {t.direction}", None), (t.colour, f" {t.shape}", None)]
         for f in scene.flashes if self.detail else ():
             captions += [
@@ -145,11 +145,11 @@ def frame_labels(scene: Scene) -> dict[str, np.ndarray]:
         out["corner"][f.frame] = 1 + CORNERS.index(f.corner)
     for name in ("shape", "colour"):
         out[name] = np.zeros((FRAMES, CELLS, CELLS), dtype=np.int64)
-    for thing in scene.things:
-        cells = np.clip(positions(thing) * CELLS // SIZE, 0, CELLS - 1).astype(int)
+    for moving in scene.shapes:
+        cells = np.clip(positions(moving) * CELLS // SIZE, 0, CELLS - 1).astype(int)
         at = (np.arange(FRAMES), cells[:, 1], cells[:, 0])
-        out["shape"][at] = 1 + SHAPES.index(thing.shape)
-        out["colour"][at] = 1 + list(COLOURS).index(thing.colour)
+        out["shape"][at] = 1 + SHAPES.index(moving.shape)
+        out["colour"][at] = 1 + list(COLOURS).index(moving.colour)
     return out
 
 

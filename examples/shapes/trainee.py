@@ -30,7 +30,7 @@ QUERY_GAIN = 1.7  # larger queries and keys: attention binds earlier
 
 
 def make_tokenizer() -> BpeTokenizer:
-    """Byte-level BPE in which every word of the shapes' world is one token."""
+    """Byte-level BPE in which every word of the questions and answers is one token."""
     texts = list(CORPUS)
     for i in range(400):
         for q in make_scene(0, i).questions():

@@ -1,1 +1,1 @@
-"""The demo: its world of clips, the shipped model, and going the whole way once. A random checkpoint for tests, too."""
+"""The demo: its clips, the shipped model, and one run from the checkpoint to parity."""

@@ -1,4 +1,4 @@
-"""The demo's world: short clips of moving shapes with one-frame flashes, and questions with known answers.
+"""The demo's scenes: short clips of moving shapes with one-frame flashes, and questions with known answers.
 
 Seeded: a clip is a function of (seed, index). NumPy and PIL only; files are written in sfexport/demo/clip.py.
 Overview questions can be answered from a few averaged frames. Detail questions ask about events that last one
@@ -42,8 +42,13 @@ _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A shape that moves over the whole clip. `start` and `end` are its centre, (x, y) in pixels."""
+class MovingShape:
+    """A shape that moves over the whole clip.
+
+    Attributes:
+        start: its centre in the first frame, (x, y) in pixels.
+        end: its centre in the last frame.
+    """
 
     shape: str
     colour: str
@@ -78,18 +83,18 @@ class Scene:
     """What a clip shows. Shapes and their colours are distinct, so are the flashes' colours and digits. No shape
     stays hidden behind another."""
 
-    things: tuple[Thing, ...]
+    shapes: tuple[MovingShape, ...]
     flashes: tuple[Flash, ...]
 
     def questions(self) -> list[Question]:
         """All questions about the clip."""
-        out = [Question("count", "How many shapes are there?", NUMBERS[len(self.things) - 1])]
-        for t in self.things:
+        out = [Question("count", "How many shapes are there?", NUMBERS[len(self.shapes) - 1])]
+        for s in self.shapes:
             out += [
-                Question("colour", f"What colour is the {t.shape}?", t.colour),
-                Question("shape", f"Which shape is {t.colour}?", t.shape),
-                Question("direction", f"Where does the {t.shape} move?", t.direction),
-                Question("colour_direction", f"Describe the {t.shape}.", f"{t.colour} {t.direction}"),
+                Question("colour", f"What colour is the {s.shape}?", s.colour),
+                Question("shape", f"Which shape is {s.colour}?", s.shape),
+                Question("direction", f"Where does the {s.shape} move?", s.direction),
+                Question("colour_direction", f"Describe the {s.shape}.", f"{s.colour} {s.direction}"),
             ]
         for f in self.flashes:
             out += [
@@ -105,12 +110,12 @@ def make_scene(seed: int, index: int) -> Scene:
     """The scene of clip `index` of a seed."""
     rng = np.random.default_rng([seed, index, 1])
     count = int(rng.integers(1, 4))
-    shapes = rng.permutation(SHAPES)[:count]
+    names = rng.permutation(SHAPES)[:count]
     colours = rng.permutation(list(COLOURS))[:count]
-    things = _make_things(rng, shapes, colours)
-    # A shape that stays behind another has no answer in the clip.
-    while not _all_seen(things):
-        things = _make_things(rng, shapes, colours)
+    shapes = _make_shapes(rng, names, colours)
+    # The questions about a shape that stays behind another have no answer in the clip.
+    while not _all_seen(shapes):
+        shapes = _make_shapes(rng, names, colours)
     events = int(rng.integers(1, 4))
     columns = (
         rng.permutation(FRAMES)[:events],
@@ -119,18 +124,21 @@ def make_scene(seed: int, index: int) -> Scene:
         rng.choice(CORNERS, events),
     )
     flashes = (Flash(int(f), str(c), str(d), str(k)) for f, c, d, k in zip(*columns, strict=True))
-    return Scene(things, tuple(sorted(flashes, key=lambda flash: flash.frame)))
+    return Scene(shapes, tuple(sorted(flashes, key=lambda flash: flash.frame)))
 
 
-def _make_things(rng: np.random.Generator, shapes: np.ndarray, colours: np.ndarray) -> tuple[Thing, ...]:
-    return tuple(_make_thing(rng, str(s), str(c)) for s, c in zip(shapes, colours, strict=True))
+def _make_shapes(rng: np.random.Generator, names: np.ndarray, colours: np.ndarray) -> tuple[MovingShape, ...]:
+    return tuple(_make_shape(rng, str(n), str(c)) for n, c in zip(names, colours, strict=True))
 
 
-def _all_seen(things: tuple[Thing, ...]) -> bool:
-    """Whether more than 60 % of every thing is uncovered in at least half of the frames. Later ones are on top."""
+def _all_seen(shapes: tuple[MovingShape, ...]) -> bool:
+    """Return whether more than 60 % of every shape is uncovered in at least half of the frames.
+
+    Later shapes are drawn on top.
+    """
     above = np.zeros((FRAMES, SIZE, SIZE), dtype=bool)
-    for thing in reversed(things):
-        cover = _cover(thing)
+    for moving in reversed(shapes):
+        cover = _cover(moving)
         seen = (cover & ~above).sum((1, 2)) > 0.6 * cover.sum((1, 2))
         if seen.mean() < 0.5:
             return False
@@ -138,7 +146,7 @@ def _all_seen(things: tuple[Thing, ...]) -> bool:
     return True
 
 
-def _make_thing(rng: np.random.Generator, shape: str, colour: str) -> Thing:
+def _make_shape(rng: np.random.Generator, shape: str, colour: str) -> MovingShape:
     direction = str(rng.choice(list(DIRECTIONS)))
     radius, way = float(rng.uniform(7, 9.5)), float(rng.uniform(20, 27))
     dx, dy = DIRECTIONS[direction]
@@ -147,8 +155,8 @@ def _make_thing(rng: np.random.Generator, shape: str, colour: str) -> Thing:
     along, across = float(rng.uniform(low, max(low, high - way))), float(rng.uniform(low, high))
     start, end = (along, along + way) if dx + dy > 0 else (along + way, along)
     if dx:
-        return Thing(shape, colour, direction, radius, (start, across), (end, across))
-    return Thing(shape, colour, direction, radius, (across, start), (across, end))
+        return MovingShape(shape, colour, direction, radius, (start, across), (end, across))
+    return MovingShape(shape, colour, direction, radius, (across, start), (across, end))
 
 
 def render(scene: Scene, seed: int, index: int) -> np.ndarray:
@@ -158,8 +166,8 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
     frames = np.repeat(frames, 3, axis=3)
     for flash in scene.flashes:
         frames[flash.frame] = 0.85 * np.float32(COLOURS[flash.colour]) + 0.15 * frames[flash.frame]
-    for thing in scene.things:
-        frames[_cover(thing)] = COLOURS[thing.colour]
+    for moving in scene.shapes:
+        frames[_cover(moving)] = COLOURS[moving.colour]
     for flash in scene.flashes:
         _draw_digit(frames[flash.frame], flash)
     frames[:, -2:] = 30
@@ -168,19 +176,19 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
     return frames.clip(0, 255).astype(np.uint8)
 
 
-def positions(thing: Thing) -> np.ndarray:
+def positions(moving: MovingShape) -> np.ndarray:
     """Centre per frame, float32 [FRAMES, 2]."""
     steps = np.linspace(0, 1, FRAMES, dtype=np.float32)[:, None]
-    return np.float32(thing.start) * (1 - steps) + np.float32(thing.end) * steps
+    return np.float32(moving.start) * (1 - steps) + np.float32(moving.end) * steps
 
 
-def _cover(thing: Thing) -> np.ndarray:
-    """bool [FRAMES, SIZE, SIZE]: pixels of the thing."""
-    centre, r = positions(thing), thing.radius
+def _cover(moving: MovingShape) -> np.ndarray:
+    """bool [FRAMES, SIZE, SIZE]: pixels of the moving."""
+    centre, r = positions(moving), moving.radius
     dx, dy = _X - centre[:, 0, None, None], _Y - centre[:, 1, None, None]
-    if thing.shape == "circle":
+    if moving.shape == "circle":
         return dx * dx + dy * dy <= r * r
-    if thing.shape == "square":
+    if moving.shape == "square":
         far = np.maximum(np.abs(dx), np.abs(dy))
         return (far <= r * 0.9) & (far > r * 0.9 - 3)
     return (np.abs(dx) <= (dy + r) * 0.55) & (dy <= r * 0.85)

@@ -1,4 +1,4 @@
-"""The demo's world of clips: seeded, consistent, and the same after a way through a video file."""
+"""The demo's scenes: seeded, consistent, and the same after a way through a video file."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_a_scene_has_one_answer_to_every_question(seed: int, index: int) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, indices)
-def test_things_move_as_the_answer_says_and_stay_inside(seed: int, index: int) -> None:
-    for thing in make_scene(seed, index).things:
-        centre = positions(thing)
+def test_shapes_move_as_the_answer_says_and_stay_inside(seed: int, index: int) -> None:
+    for moving in make_scene(seed, index).shapes:
+        centre = positions(moving)
         dx, dy = centre[-1] - centre[0]
-        axis = {"left": -dx, "right": dx, "up": -dy, "down": dy}[thing.direction]
+        axis = {"left": -dx, "right": dx, "up": -dy, "down": dy}[moving.direction]
         assert axis >= 19
         assert min(abs(dx), abs(dy)) < 1e-3
         assert centre.min() >= 0
