@@ -1,6 +1,6 @@
-"""The command line: the group of verbs (a file each in sfexport/commands) and what becomes of their errors.
+"""The command line: the group of verbs (a file each in sfexport/commands) and the handling of their errors.
 
-Nothing heavy is imported before a verb runs: `sfexport --help` needs click alone.
+Heavy libraries are imported when a verb runs: `sfexport --help` needs click alone.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ class _Commands(click.Group):
             with _cleaning_up_when_terminated():
                 return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = one_paragraph(error.message)
+            error.message = one_paragraph(error.message)  # type: ignore[misc]  # click declares it Final
             raise
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if os.environ.get("SFEXPORT_DEBUG") == "1":
                 raise
-            expected = isinstance(error, SfexportError)
-            message = error.paragraph() if expected else _unexpected(error)
-            console.error(message)
-            ctx.exit(error.exit_code if expected else 1)
+            if isinstance(error, SfexportError):
+                console.error(error.paragraph())
+                ctx.exit(error.exit_code)
+            console.error(_unexpected(error))
+            ctx.exit(1)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None: another program's code set it, which cannot be given back from here
+            if handler is not None:  # None: not set from Python, so it cannot be set again
                 signal.signal(number, handler)
 
 

@@ -1,1 +1,1 @@
-"""Proof that engines say what PyTorch says: graph by graph, then answer by answer."""
+"""Compare engines with PyTorch: graph by graph, then answer by answer."""

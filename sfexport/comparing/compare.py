@@ -1,4 +1,4 @@
-"""Comparing two arrays: how far apart, and whether within a stated tolerance. NumPy only."""
+"""Compare two arrays: how far apart they are, and whether that is within a stated tolerance. NumPy only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfexport.fields import shown
 # atol and rtol by what an engine computes in. On models recorded from the reference, logits of float16 and bfloat16 are
 # off by up to 0.7 % and 7 % of the largest one, in PyTorch as in these graphs; those of a wrong graph by most of it.
 TOLERANCES = {Precision.FP32: (1e-4, 1e-4), Precision.FP16: (1e-3, 1e-2), Precision.BF16: (1e-2, 1e-1)}
-# At least this for rounded weights: ONNX Runtime multiplies them with inputs that it rounds to 8 bits.
+# Smallest atol and rtol for rounded weights: ONNX Runtime multiplies them with inputs that it rounds to 8 bits.
 ROUNDED = (1e-3, 5e-2)
 
 
@@ -24,7 +24,7 @@ class Tolerance:
     """A comparison passes if max |a - b| <= atol + rtol * max |b|, b being the PyTorch value.
 
     Attributes:
-        precision: what the engine computes in (PyTorch always in float32).
+        precision: type that the engine computes in (PyTorch always computes in float32).
     """
 
     atol: float = 1e-4
@@ -42,11 +42,12 @@ class Tolerance:
     def for_precision(
         cls, precision: str, atol: float | None = None, rtol: float | None = None, rounded: bool = False
     ) -> Tolerance:
-        """The usual one for 'fp32', 'fp16' or 'bf16', and for rounded weights; what is given replaces a part of it."""
-        usual = TOLERANCES[Precision(precision)]
+        """Return the default for 'fp32', 'fp16' or 'bf16', and for rounded weights; atol and rtol override it."""
+        default_atol, default_rtol = TOLERANCES[Precision(precision)]
         if rounded:
-            usual, precision = tuple(map(max, usual, ROUNDED)), f"int4 {precision}"
-        return cls(usual[0] if atol is None else atol, usual[1] if rtol is None else rtol, precision)
+            default_atol, default_rtol = max(default_atol, ROUNDED[0]), max(default_rtol, ROUNDED[1])
+            precision = f"int4 {precision}"
+        return cls(default_atol if atol is None else atol, default_rtol if rtol is None else rtol, precision)
 
     def __str__(self) -> str:
         rule = f"max |engine - torch| <= {self.atol:g} + {self.rtol:g} * max |torch|"
@@ -55,11 +56,12 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arrays side by side.
+    """How far an engine's output is from PyTorch's.
 
     Attributes:
-        max_abs: largest absolute difference. max_rel: the same over the largest absolute PyTorch value.
-        cosine: of the flattened arrays (1.0 where both are zero).
+        max_abs: largest absolute difference.
+        max_rel: largest absolute difference over the largest absolute PyTorch value.
+        cosine: cosine of the flattened arrays (1.0 if both are zero).
     """
 
     graph: str
@@ -71,13 +73,13 @@ class Comparison:
     passed: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Infinity, which JSON has not, becomes null."""
+        """Return the fields for JSON, with infinity, which JSON does not have, as None."""
         values = asdict(self) | {"shape": list(self.shape)}
         return {k: None if v in (np.inf, -np.inf) else v for k, v in values.items()}
 
 
 def compare(graph: str, name: str, engine: np.ndarray, torch: np.ndarray, tolerance: Tolerance) -> Comparison:
-    """Compare an engine's output with PyTorch's. Another shape, or a value that is not finite, fails."""
+    """Compare an engine's output with PyTorch's; another shape or a value that is not finite fails."""
     if engine.shape != torch.shape:
         return Comparison(graph, name, engine.shape, np.inf, np.inf, 0.0, False)
     a, b = engine.astype(np.float64).ravel(), torch.astype(np.float64).ravel()
@@ -105,5 +107,5 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def worst(comparisons: list[Comparison]) -> Comparison:
-    """The one with the largest relative difference (a failed one first)."""
+    """Return the comparison with the largest relative difference, from the failed ones if there are any."""
     return max(comparisons, key=lambda c: (not c.passed, c.max_rel))

@@ -1,4 +1,4 @@
-"""PyTorch's outputs for the demo, recorded: what the engines are compared with where PyTorch is not installed.
+"""PyTorch's recorded outputs for the demo, which engines are compared with where PyTorch is not installed.
 
 `record` makes a `Recording` with PyTorch; `compare_with` runs engines on its frames and compares. NumPy only.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,13 @@ Outputs = dict[tuple[str, str], np.ndarray]  # by graph and output
 
 @dataclass(frozen=True)
 class Source:
-    """What a recording was made with.
+    """The versions and the question that a recording was made with.
 
     Attributes:
-        torch: version of PyTorch. transformers: version of transformers.
+        torch: version of PyTorch.
+        transformers: version of transformers.
         question: the question that was asked.
-        steps: number of decode steps, and most tokens of an answer.
+        steps: number of decode steps, and largest number of tokens of an answer.
     """
 
     torch: str
@@ -50,7 +52,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Recording:
-    """Frames, and what PyTorch made of them.
+    """Frames, and PyTorch's outputs and answers for them.
 
     Attributes:
         frames: uint8 [frames, S, S, 3], RGB, already of the vision tower's size.
@@ -75,7 +77,8 @@ class Recording:
             "shapes": [[*key, list(shape)] for key, shape in self.shapes.items()],
         }
         arrays = {"/".join(key): values for key, values in self.samples.items()}
-        np.savez_compressed(file, notes=np.array(json.dumps(notes)), frames=self.frames, **arrays)
+        stored: dict[str, Any] = {"notes": np.array(json.dumps(notes)), "frames": self.frames, **arrays}
+        np.savez_compressed(file, **stored)
 
     @classmethod
     def load(cls, file: Path) -> Recording:
@@ -105,7 +108,7 @@ def record(pipeline: Pipeline, oracle: Backend, frames: np.ndarray, source: Sour
 def compare_with(recording: Recording, pipeline: Pipeline, tolerance: Tolerance) -> ParityReport:
     """Run the engines on the recorded frames and compare their outputs with PyTorch's.
 
-    Unlike `run_parity`, every engine gets what the engine before it made, so that differences add up.
+    Unlike in `run_parity`, every engine gets the output of the engine before it, so that differences add up.
     """
     outputs, answers = _run(pipeline, pipeline.backend, recording.frames, recording.source, recording.tokens)
     found = [
@@ -124,7 +127,7 @@ def compare_with(recording: Recording, pipeline: Pipeline, tolerance: Tolerance)
 def _run(
     pipeline: Pipeline, backend: Backend, frames: np.ndarray, source: Source, tokens: dict[str, list[int]]
 ) -> tuple[Outputs, dict[str, Answered]]:
-    """Every graph's outputs, each graph fed by the one before. `tokens` is filled greedily where it has none."""
+    """Run every graph on the output of the one before; `tokens` is filled greedily if it is empty."""
     slow_tokens = encode_chunks(backend, preprocess(list(frames), pipeline.bundle.image), single=False)
     fast, slow = backend.compress(slow_tokens)
     outputs: Outputs = {("vision_encoder", "slow_tokens"): slow_tokens, ("compressor", "fast_tokens"): fast}
@@ -143,7 +146,7 @@ def _run(
 
 
 def _named(graph: str, name: str, arrays: list[np.ndarray]) -> Outputs:
-    """Arrays k0, v0, k1, v1, ... under their names; `name` takes the layer and 'key' or 'value'."""
+    """Name the arrays k0, v0, k1, v1, ...; `name` takes the layer and 'key' or 'value'."""
     return {(graph, name.format(i // 2, ("key", "value")[i % 2])): array for i, array in enumerate(arrays)}
 
 
@@ -155,7 +158,7 @@ def _decode(
     tokens: list[int],
     steps: int,
 ) -> np.ndarray:
-    """Logits [steps, V] of decode steps that are fed `tokens`; greedy ones are added where there are too few."""
+    """Return the logits [steps, V] of decode steps fed `tokens`; greedy tokens are added if there are too few."""
     (logits, past), rows = prefill, []
     for i in range(steps):
         if i == len(tokens):
@@ -173,7 +176,7 @@ def _answer(pipeline: Pipeline, session: VideoSession, source: Source, mode: str
 
 
 def _sample(values: np.ndarray) -> np.ndarray:
-    # An odd step: of axes whose lengths are powers of two every index is visited.
+    # The step is odd, so that on axes whose lengths are powers of two every index is visited.
     step = max(1, values.size // KEPT)
     return values.ravel()[:: step - (step % 2 == 0)].astype(np.float32)
 
@@ -187,7 +190,7 @@ def _compare(
 
 
 def _worst_layer(found: list[Comparison]) -> list[Comparison]:
-    """The comparisons with one for all layers' K and V: the worst, or the first that fails."""
+    """Keep one comparison of all layers' K and V: the worst, or the first that fails."""
     layers = [c for c in found if c.name.startswith("layer ")]
     shown = next((c for c in layers if not c.passed), worst(layers))
     return [c for c in found if c is shown or c not in layers]
@@ -201,13 +204,14 @@ def _pair(mode: str, question: str, engine: Answered, torch: Answered) -> Answer
 
 
 def unprepare(pixels: np.ndarray, image: ImageProcessorConfig) -> np.ndarray:
-    """The frames that `preprocess` made these pixels of, after resizing: float32 [n, 3, S, S] -> uint8 [n, S, S, 3]."""
+    """Recover the resized frames from preprocessed pixels: float32 [n, 3, S, S] -> uint8 [n, S, S, 3]."""
     mean, std = (np.array(values, np.float32) for values in (image.mean, image.std))
-    return np.rint((pixels.transpose(0, 2, 3, 1) * std + mean) * 255).astype(np.uint8)
+    frames: np.ndarray = np.rint((pixels.transpose(0, 2, 3, 1) * std + mean) * 255)
+    return frames.astype(np.uint8)
 
 
 def largest_difference(frames: np.ndarray, others: np.ndarray) -> int:
-    """Largest difference between two sets of frames, of 255; 255 if their shapes differ."""
+    """Return the largest difference between two sets of frames, at most 255; 255 if their shapes differ."""
     if frames.shape != others.shape:
         return 255
     return int(np.abs(frames.astype(np.int16) - others.astype(np.int16)).max())

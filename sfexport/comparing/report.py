@@ -1,4 +1,4 @@
-"""Showing a parity report to a person, one line per comparison."""
+"""Print a parity report, one line per comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sfexport.comparing.run import ParityReport
 
 
 def show(report: ParityReport) -> None:
-    """A table of comparisons, the answers, and the verdict."""
+    """Print a table of comparisons, the answers, and the verdict."""
     rows = [
         (_mark(c.passed), c.graph, c.name, _shape(c), f"{c.max_abs:.1e}", f"{c.max_rel:.1e}", f"{c.cosine:.7f}")
         for c in report.comparisons

@@ -1,7 +1,7 @@
-"""Running engines and the PyTorch model on the same frames and comparing what they say.
+"""Run engines and the PyTorch model on the same frames and compare their outputs.
 
-Graph by graph, each engine gets PyTorch's inputs, so that a difference is that graph's own; the answers are
-each side's from its own pixels to its own tokens.
+Graph by graph, each engine gets PyTorch's inputs, so that a difference comes from that graph alone; for the answers
+each side uses its own outputs, from the pixels to the tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ DEFAULT_QUESTION = "What happens in the video?"
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The same question answered by both, greedily.
+    """One question's greedy answers by the engines and by PyTorch.
 
     Attributes:
-        tokens: of PyTorch's answer. equal_tokens: before the first that differs.
-        tie: where one differs, how much likelier PyTorch holds its own than the engine's, in logits, if that is less
-            than two logits may be off within the tolerance; what follows such a token is not comparable.
-        passed: the same tokens, or the same up to a tie.
+        engine: the engines' answer.
+        torch: PyTorch's answer.
+        tokens: number of tokens in PyTorch's answer.
+        equal_tokens: number of tokens before the first that differs.
+        passed: the tokens are the same, or the same up to a tie.
+        tie: by how much PyTorch's logit of its own first differing token exceeds that of the engines' token, if two
+            logits may be off by so much within the tolerance; tokens after a tie are not comparable. Else None.
     """
 
     mode: str
@@ -48,14 +51,16 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What was found. Engines with rounded weights are compared with a PyTorch model that has the same.
+    """The comparisons of engines with PyTorch, which gets the engines' rounded weights where they are rounded.
 
     Attributes:
-        rounding: PyTorch's prefill logits with those against those with the checkpoint's own; says what rounding
-            costs, not whether the engines are right.
-        oracle: what the engines were compared with, for people.
+        backend: name of the engines' backend.
+        frames: number of frames of the video.
+        rounding: PyTorch's prefill logits with rounded weights, compared with those with the checkpoint's own; says
+            what rounding costs, not whether the engines are right.
+        oracle: the reference that the engines were compared with, as shown to people.
         checkpoint: directory that PyTorch's weights were read from.
-        is_copy: those are the bundle's own copy, since the checkpoint that was exported is gone.
+        is_copy: the weights are the bundle's own copy, since the checkpoint that was exported is gone.
     """
 
     backend: str
@@ -98,15 +103,16 @@ def run_parity(
 ) -> ParityReport:
     """Compare the engines of `pipeline` with the PyTorch model of the checkpoint they came from.
 
-    PyTorch reads the checkpoint that was exported, also where the bundle has a copy of its weights, so that a wrong
-    choice of weights is found; only where it is gone, it reads the copy, and the report says so.
+    PyTorch reads the checkpoint that was exported, even if the bundle has a copy of its weights, so that a wrong
+    choice of weights is found. If the checkpoint is gone, it reads the copy, and the report says so.
 
     Args:
-        video: a clip; None: frames of noise.
-        tolerance: None: the usual one for the engines' precision.
+        video: a clip; default frames of noise.
+        tolerance: default that of the engines' precision.
 
     Raises:
-        MissingDependency: no torch. BundleError: the checkpoint is gone.
+        MissingDependency: torch is not installed.
+        BundleError: the checkpoint is gone.
     """
     tolerance = tolerance or tolerance_for(pipeline)
     whole_number(max_new_tokens, "--max-new-tokens")
@@ -119,9 +125,9 @@ def run_parity(
     engine = pipeline.backend
     single = len(rows) == 1
     on_step(f"vision encoder on {len(pixels)} frames")
-    encoded = [encode_chunks(backend, pixels, single) for backend in (engine, oracle)]
-    comparisons = [compare("vision_encoder", "slow_tokens", *encoded, tolerance)]
-    engine_slow, slow = (tokens[rows] for tokens in encoded)
+    engine_tokens, torch_tokens = (encode_chunks(backend, pixels, single) for backend in (engine, oracle))
+    comparisons = [compare("vision_encoder", "slow_tokens", engine_tokens, torch_tokens, tolerance)]
+    engine_slow, slow = engine_tokens[rows], torch_tokens[rows]
     on_step("compressor")
     fast, key_values, found = _compare_compressor(engine, oracle, slow, tolerance)
     comparisons += found
@@ -133,9 +139,9 @@ def run_parity(
     comparisons += _compare_decoder(pipeline, oracle, fast, key_values, question, max_new_tokens, tolerance)
     on_step("answers")
     recorded = _Recorded(oracle)
-    sessions = [_session(pipeline, b, s) for b, s in ((engine, engine_slow), (recorded, slow))]
+    ours, theirs = _session(pipeline, engine, engine_slow), _session(pipeline, recorded, slow)
     answers = [
-        _answers(pipeline, *sessions, recorded, question, mode, max_new_tokens, tolerance) for mode in DECODE_MODES
+        _answers(pipeline, ours, theirs, recorded, question, mode, max_new_tokens, tolerance) for mode in DECODE_MODES
     ]
     return ParityReport(
         engine.name,
@@ -157,7 +163,7 @@ def _round(
     question: str,
     tolerance: Tolerance,
 ) -> Comparison:
-    """Give PyTorch the engines' rounded weights; its logits after that against those before."""
+    """Give PyTorch the engines' rounded weights, and compare its logits with those before."""
     embeds, attends = prompt_inputs(pipeline, fast, question)
     step = DecoderStep(embeds[None], 0, attends, None, slow)
     exact, _ = oracle.decode(step)
@@ -166,7 +172,7 @@ def _round(
 
 
 def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | None = None) -> Tolerance:
-    """The tolerance for the engines' precision; what is given replaces a part of it."""
+    """Return the tolerance for the engines' precision, with atol and rtol replaced where given."""
     is_oracle = pipeline.engines.content["backend"] == TorchBackend.name  # which is float32 whatever the graphs are
     if is_oracle:
         return Tolerance.for_precision("fp32", atol, rtol)
@@ -184,7 +190,12 @@ def _pixels(pipeline: Pipeline, video: str | Path | None, frames: int | None) ->
 
 
 def encode_chunks(backend: Backend, pixels: np.ndarray, single: bool) -> np.ndarray:
-    """Slow tokens of all frames. `single`: the one frame is a picture."""
+    """Encode all frames into slow tokens [frames, P, H].
+
+    Args:
+        pixels: float32 [frames, 3, S, S].
+        single: the one frame is a picture, whose tokens are not pooled.
+    """
     chunks = [pixels[i : i + VISION_CHUNK] for i in range(0, len(pixels), VISION_CHUNK)]
     return np.concatenate([backend.encode_frames(chunk, single) for chunk in chunks])
 
@@ -196,6 +207,7 @@ def _compare_compressor(
     fast, key_values = oracle.compress(slow)
     found = [compare("compressor", "fast_tokens", engine_fast, fast, tolerance)]
     if key_values is not None:
+        assert engine_kv is not None  # both have the slow branch, or neither has
         pairs = zip(engine.to_numpy(engine_kv), oracle.to_numpy(key_values), strict=True)
         for i, pair in enumerate(pairs):
             name = f"slow_key_values.{i // 2}.{('key', 'value')[i % 2]}"
@@ -212,7 +224,7 @@ def _compare_decoder(
     steps: int,
     tolerance: Tolerance,
 ) -> list[Comparison]:
-    """The whole prompt in one prefill, then decode steps fed PyTorch's greedy tokens, in both modes."""
+    """Compare a prefill of the whole prompt, then decode steps fed PyTorch's greedy tokens, in both modes."""
     engine = pipeline.backend
     sides = (engine, oracle)
     slow_of = {oracle.name: slow, engine.name: slow and engine.from_numpy(oracle.to_numpy(slow))}
@@ -228,7 +240,7 @@ def _compare_decoder(
 
 
 def prompt_inputs(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[np.ndarray, np.ndarray]:
-    """Merged embeddings [L, H] and attending positions [L]."""
+    """Return the prompt's merged embeddings [L, H] and its attending positions, bool [L]."""
     ids, embed = pipeline.tokenizer.prompt(question), pipeline.embedding
     embeds = np.concatenate([embed(ids.before), fast, embed(ids.after)])
     mode = pipeline.bundle.config.slow_fast.attends
@@ -237,7 +249,7 @@ def prompt_inputs(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[
 
 
 def _compare_layers(sides: tuple[Backend, Backend], present: list[KeyValues], tolerance: Tolerance) -> list[Comparison]:
-    """K and V of every layer; only the worst is kept, or the first layer that fails."""
+    """Compare K and V of every layer; return the worst comparison alone, or the first that fails."""
     pairs = zip(sides[0].to_numpy(present[0]), sides[1].to_numpy(present[1]), strict=True)
     found = [
         compare("decoder", f"layer {i // 2} {('key', 'value')[i % 2]}", *pair, tolerance)
@@ -275,15 +287,24 @@ def _session(pipeline: Pipeline, backend: Backend, slow: np.ndarray) -> VideoSes
     return VideoSession(backend, pipeline.tokenizer, pipeline.embedding, *backend.compress(slow))
 
 
-class _Recorded:
-    """A backend that keeps the logits of its steps."""
+class _Recorded(Backend):
+    """Runs another backend and keeps the logits of its decoder steps."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend, self.name, self.config = backend, backend.name, backend.config
         self.logits: list[np.ndarray] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+    def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
+        return self._backend.encode_frames(pixel_values, single_image)
+
+    def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
+        return self._backend.compress(slow_tokens)
+
+    def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
+        return self._backend.to_numpy(tensors)
+
+    def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
+        return self._backend.from_numpy(arrays)
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         logits, present = self._backend.decode(step)
@@ -302,22 +323,22 @@ def _answers(
     tolerance: Tolerance,
 ) -> AnswerPair:
     options = pipeline.generation_options().greedy().override(max_new_tokens=max_new_tokens)
-    theirs = engine.ask(question, options, mode)
+    ours = engine.ask(question, options, mode)
     recorded.logits.clear()
-    ours = oracle.ask(question, options, mode)
+    theirs = oracle.ask(question, options, mode)
     equal = next(
-        (i for i, (x, y) in enumerate(zip(theirs.ids, ours.ids, strict=False)) if x != y),
-        min(len(theirs.ids), len(ours.ids)),
+        (i for i, (x, y) in enumerate(zip(ours.ids, theirs.ids, strict=False)) if x != y),
+        min(len(ours.ids), len(theirs.ids)),
     )
     tie = None
-    if equal < min(len(theirs.ids), len(ours.ids)):
-        tie = tie_within(recorded.logits[equal], ours.ids[equal], theirs.ids[equal], tolerance)
-    same = theirs.ids == ours.ids or tie is not None
-    return AnswerPair(mode, question, theirs.answer, ours.answer, len(ours.ids), equal, same, tie)
+    if equal < min(len(ours.ids), len(theirs.ids)):
+        tie = tie_within(recorded.logits[equal], theirs.ids[equal], ours.ids[equal], tolerance)
+    same = ours.ids == theirs.ids or tie is not None
+    return AnswerPair(mode, question, ours.answer, theirs.answer, len(theirs.ids), equal, same, tie)
 
 
 def tie_within(logits: np.ndarray, chosen: int, other: int, tolerance: Tolerance) -> float | None:
-    """How much larger the chosen token's logit is than the other's, if each may be off by half of it; else None."""
+    """Return by how much the chosen token's logit exceeds the other's, if each may be off by half of it; else None."""
     gap = float(logits[chosen] - logits[other])
     allowed = tolerance.atol + tolerance.rtol * float(np.abs(logits).max())
     return gap if gap <= 2 * allowed else None

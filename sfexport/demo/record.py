@@ -1,4 +1,4 @@
-"""Recording PyTorch's outputs for the demo's clip: `python -m sfexport.demo.record` (needs PyTorch).
+"""Record PyTorch's outputs for the demo's clip: `python -m sfexport.demo.record` (needs PyTorch).
 
 Run it again when the shipped model, the clip or the question changes.
 """
@@ -33,7 +33,7 @@ def record_demo(frames: np.ndarray | None = None) -> Recording:
         frames: uint8 [FRAMES, S, S, 3], used instead of the clip's.
 
     Raises:
-        MissingDependency: no PyTorch.
+        MissingDependency: PyTorch is not installed.
     """
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -45,8 +45,8 @@ def record_demo(frames: np.ndarray | None = None) -> Recording:
             pixels, rows = pipeline.read_frames(root / "clip.mp4", FRAMES, "linspace")
             frames = unprepare(pixels[rows], pipeline.bundle.image)
         oracle = TorchBackend(SHIPPED)
-        versions = (importlib.metadata.version(name) for name in ("torch", "transformers"))
-        return record(pipeline, oracle, frames, Source(*versions, demo_questions()[0].text, STEPS))
+        torch, transformers = (importlib.metadata.version(name) for name in ("torch", "transformers"))
+        return record(pipeline, oracle, frames, Source(torch, transformers, demo_questions()[0].text, STEPS))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`sfexport demo`: the whole way once, keeping everything it makes."""
+"""`sfexport demo`: export, build, ask and compare once on the shipped model, and keep everything that is made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OLD_DRAFT = re.compile(r"\.clip\.\d+\.mp4")  # what earlier versions left when 
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the demo keeps what it makes."""
+    """The paths of everything that the demo makes."""
 
     root: Path
 
@@ -53,10 +53,10 @@ class DemoPaths:
 
 
 def run_demo(root: Path) -> bool:
-    """Checkpoint, clip, bundle, engines, two answers, parity. True unless parity failed.
+    """Make checkpoint, clip, bundle and engines, ask two questions and compare with PyTorch; False if parity fails.
 
     Raises:
-        InputError: `root` holds something that is not an earlier demo.
+        InputError: `root` holds something that does not come from an earlier demo.
     """
     paths = DemoPaths(root)
     _check_root(root)
@@ -65,7 +65,7 @@ def run_demo(root: Path) -> bool:
     bundle = export(Checkpoint.open(paths.checkpoint), paths.bundle, ExportOptions(), console.step)
     build(bundle, paths.engines / engine_name("onnxruntime"), "onnxruntime", console.step)
     _ask(paths)
-    passed = _prove(paths)
+    passed = _compare(paths)
     _suggest_next(paths)
     return passed
 
@@ -80,12 +80,12 @@ def _check_root(root: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a killed demo left it; the next one removes it or puts it back."""
+    """Return whether a killed demo left this file; the next demo removes it or puts it back."""
     return _OLD_DRAFT.fullmatch(name) is not None or any(is_leftover(name, part) for part in PARTS)
 
 
 def _make_inputs(paths: DemoPaths) -> None:
-    """The shipped checkpoint and a clip, unless an earlier run left them."""
+    """Copy the shipped checkpoint and make a clip, unless an earlier run left them."""
     for draft in paths.root.iterdir() if paths.root.is_dir() else ():
         if _OLD_DRAFT.fullmatch(draft.name):
             draft.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def _make_inputs(paths: DemoPaths) -> None:
 
 
 def _is_incomplete(checkpoint: Path) -> bool:
-    """Whether a directory is an interrupted copy of the shipped checkpoint, with nothing of the user's in it."""
+    """Return whether a directory is an interrupted copy of the shipped checkpoint, without files of the user's."""
     if not checkpoint.is_dir():
         return False
     found, shipped = list(checkpoint.iterdir()), {file.name for file in SHIPPED.iterdir()}
@@ -114,10 +114,10 @@ def _is_incomplete(checkpoint: Path) -> bool:
 
 
 def demo_questions() -> list[Question]:
-    """One overview question, and one about a frame that the fast path never sees."""
+    """Return one overview question, and one about a frame that the fast path never sees."""
     questions = make_scene(*CLIP).questions()
     overview = next(q for q in questions if q.kind == "colour_direction")
-    detail = next(q for q in questions if q.kind == "digit_corner" and not is_sampled(q.frame))
+    detail = next(q for q in questions if q.kind == "digit_corner" and q.frame is not None and not is_sampled(q.frame))
     return [overview, detail]
 
 
@@ -140,8 +140,8 @@ def _ask(paths: DemoPaths) -> None:
     )
 
 
-def _prove(paths: DemoPaths) -> bool:
-    """Compare the engines with PyTorch, or, where it is not installed, with its recorded outputs."""
+def _compare(paths: DemoPaths) -> bool:
+    """Compare the engines with PyTorch, or with its recorded outputs if it is not installed."""
     from sfexport.comparing.report import show
     from sfexport.comparing.run import run_parity
 
@@ -156,7 +156,7 @@ def _prove(paths: DemoPaths) -> bool:
 
 
 def _compare_with_recording(pipeline: Pipeline, clip: Path, missing: MissingDependency) -> ParityReport:
-    """Compare with what PyTorch gave for the frames of this clip when they were recorded."""
+    """Compare with PyTorch's outputs for this clip's frames, recorded earlier."""
     from sfexport.comparing.recording import Recording, compare_with, largest_difference, unprepare
 
     recording = Recording.load(RECORDED)

@@ -1,6 +1,6 @@
 """The demo's scenes: short clips of moving shapes with one-frame flashes, and questions with known answers.
 
-Seeded: a clip is a function of (seed, index). NumPy and PIL only; files are written in sfexport/demo/clip.py.
+A clip is a function of (seed, index). NumPy and PIL only; sfexport/demo/clip.py writes the files.
 Overview questions can be answered from a few averaged frames. Detail questions ask about events that last one
 frame: the fast path never sees half of them (its sampling stride skips every second frame).
 """
@@ -17,7 +17,7 @@ from PIL import Image
 SIZE, FRAMES = 48, 16  # pixels, frames
 UPSCALE = 4  # a clip's file shows every pixel as 4 x 4
 FPS = 4  # of a clip's file
-# The shipped model was trained on clips of these seeds: nothing may be measured on them.
+# The shipped model was trained on clips of these seeds: no benchmark may use them.
 TRAINING_SEEDS = range(1_000_000, 1_000_100)
 
 COLOURS = {
@@ -80,14 +80,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows. Shapes and their colours are distinct, so are the flashes' colours and digits. No shape
-    stays hidden behind another."""
+    """The moving shapes and the flashes of a clip.
+
+    The shapes and their colours are distinct, and so are the flashes' colours and digits. No shape stays hidden
+    behind another.
+    """
 
     shapes: tuple[MovingShape, ...]
     flashes: tuple[Flash, ...]
 
     def questions(self) -> list[Question]:
-        """All questions about the clip."""
+        """Return all questions about the clip."""
         out = [Question("count", "How many shapes are there?", NUMBERS[len(self.shapes) - 1])]
         for s in self.shapes:
             out += [
@@ -107,7 +110,7 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """The scene of clip `index` of a seed."""
+    """Draw the scene of clip `index` of a seed."""
     rng = np.random.default_rng([seed, index, 1])
     count = int(rng.integers(1, 4))
     names = rng.permutation(SHAPES)[:count]
@@ -151,7 +154,7 @@ def _make_shape(rng: np.random.Generator, shape: str, colour: str) -> MovingShap
     radius, way = float(rng.uniform(7, 9.5)), float(rng.uniform(20, 27))
     dx, dy = DIRECTIONS[direction]
     low, high = radius + 1, SIZE - 3 - radius
-    # The centre stays inside: along the way there is room for the rest of it only.
+    # The whole path lies inside the frame: the start leaves room for the length of the path.
     along, across = float(rng.uniform(low, max(low, high - way))), float(rng.uniform(low, high))
     start, end = (along, along + way) if dx + dy > 0 else (along + way, along)
     if dx:
@@ -160,12 +163,12 @@ def _make_shape(rng: np.random.Generator, shape: str, colour: str) -> MovingShap
 
 
 def render(scene: Scene, seed: int, index: int) -> np.ndarray:
-    """The clip's frames, uint8 [FRAMES, SIZE, SIZE, 3]."""
+    """Draw the clip's frames, uint8 [FRAMES, SIZE, SIZE, 3]."""
     rng = np.random.default_rng([seed, index, 2])
     frames = rng.normal(rng.uniform(95, 135), 9, (FRAMES, SIZE, SIZE, 1)).astype(np.float32)
     frames = np.repeat(frames, 3, axis=3)
     for flash in scene.flashes:
-        frames[flash.frame] = 0.85 * np.float32(COLOURS[flash.colour]) + 0.15 * frames[flash.frame]
+        frames[flash.frame] = 0.85 * np.array(COLOURS[flash.colour], np.float32) + 0.15 * frames[flash.frame]
     for moving in scene.shapes:
         frames[_cover(moving)] = COLOURS[moving.colour]
     for flash in scene.flashes:
@@ -177,21 +180,25 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
 
 
 def positions(moving: MovingShape) -> np.ndarray:
-    """Centre per frame, float32 [FRAMES, 2]."""
+    """Return the shape's centre in each frame, float32 [FRAMES, 2]."""
     steps = np.linspace(0, 1, FRAMES, dtype=np.float32)[:, None]
-    return np.float32(moving.start) * (1 - steps) + np.float32(moving.end) * steps
+    start, end = np.array(moving.start, np.float32), np.array(moving.end, np.float32)
+    centres: np.ndarray = start * (1 - steps) + end * steps
+    return centres
 
 
 def _cover(moving: MovingShape) -> np.ndarray:
-    """bool [FRAMES, SIZE, SIZE]: pixels of the moving."""
+    """Return the pixels of the shape in each frame, bool [FRAMES, SIZE, SIZE]."""
     centre, r = positions(moving), moving.radius
     dx, dy = _X - centre[:, 0, None, None], _Y - centre[:, 1, None, None]
     if moving.shape == "circle":
-        return dx * dx + dy * dy <= r * r
-    if moving.shape == "square":
+        covered: np.ndarray = dx * dx + dy * dy <= r * r
+    elif moving.shape == "square":
         far = np.maximum(np.abs(dx), np.abs(dy))
-        return (far <= r * 0.9) & (far > r * 0.9 - 3)
-    return (np.abs(dx) <= (dy + r) * 0.55) & (dy <= r * 0.85)
+        covered = (far <= r * 0.9) & (far > r * 0.9 - 3)
+    else:
+        covered = (np.abs(dx) <= (dy + r) * 0.55) & (dy <= r * 0.85)
+    return covered
 
 
 @cache
@@ -223,26 +230,26 @@ def _draw_digit(frame: np.ndarray, flash: Flash) -> None:
 
 @cache
 def camera_matrix() -> np.ndarray:
-    """float32 [SIZE, SIZE]: what writing at UPSCALE and bicubic resizing back does to a row or a column."""
+    """Return the matrix, float32 [SIZE, SIZE], of upscaling a row or a column and resizing it back bicubically."""
     rows = np.repeat(np.eye(SIZE, dtype=np.float32), UPSCALE, axis=1)
     back = Image.fromarray(rows).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return np.asarray(back, dtype=np.float32).T.copy()
 
 
 def through_camera(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Frames as they come back from a video file: float32 [FRAMES, SIZE, SIZE, 3], 0..255, slightly noisy."""
+    """Imitate a way through a video file: float32 [FRAMES, SIZE, SIZE, 3], 0..255, slightly noisy."""
     m = camera_matrix()
-    out = np.einsum("ij,tjkc,lk->tilc", m, frames.astype(np.float32), m, optimize=True)
+    out: np.ndarray = np.einsum("ij,tjkc,lk->tilc", m, frames.astype(np.float32), m, optimize=True)
     out += rng.normal(0, rng.uniform(0, 4), (FRAMES, SIZE, SIZE, 1)).astype(np.float32)
     return out.clip(0, 255)
 
 
 def video_frames(seed: int, index: int) -> Iterator[np.ndarray]:
-    """The clip's frames as its video file shows them: uint8 [UPSCALE * SIZE, UPSCALE * SIZE, 3]."""
+    """Yield the clip's frames for its video file: uint8 [UPSCALE * SIZE, UPSCALE * SIZE, 3]."""
     for frame in render(make_scene(seed, index), seed, index):
         yield frame.repeat(UPSCALE, axis=0).repeat(UPSCALE, axis=1)
 
 
 def is_sampled(frame: int) -> bool:
-    """Whether the fast path (sampling stride 2) sees this frame."""
+    """Return whether the fast path (sampling stride 2) sees this frame."""
     return frame % 2 == 0

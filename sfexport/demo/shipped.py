@@ -1,4 +1,4 @@
-"""Where the trained demo checkpoint lies in the package, and PyTorch's recorded outputs for the demo's clip.
+"""Paths of the trained demo checkpoint and of PyTorch's recorded outputs for the demo's clip.
 
 model/MODEL_CARD.md says how the checkpoint was made; sfexport/demo/record.py makes the recording.
 """

@@ -1,13 +1,12 @@
 """SReLU for transformers: the name 'srelu' in ACT2FN, and the callback that ends its freezing during training.
 
-Importing this module (as `import sfexport.model` does) registers.
+Importing this module registers the name; `import sfexport.model` does so.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 from transformers.activations import ACT2FN
 
@@ -25,20 +24,20 @@ class ReleaseSReLU(TrainerCallback):
     own would apply weight decay to SReLU.
 
     Args:
-        step: the last optimizer step with frozen parameters; 0: never frozen.
+        step: number of the last optimizer step with frozen parameters; 0: never frozen.
         quantile: see `SReLU.release`.
     """
 
     def __init__(self, step: int, quantile: float = 0.9) -> None:
         self.step, self.quantile = step, quantile
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.step:
-            for module in srelu_modules(model):
+            for module in srelu_modules(kwargs["model"]):
                 module.freeze()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self.step:
-            for module in srelu_modules(model):
+            for module in srelu_modules(kwargs["model"]):
                 if module.frozen:
                     module.release(self.quantile)

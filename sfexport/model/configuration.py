@@ -14,7 +14,7 @@ from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, Tower, tower_from_siz
 
 logger = logging.getLogger(__name__)
 
-# What transformers' own code reads of a configuration, and its value where a file leaves it out.
+# Fields that transformers' own code reads, and their values where a file leaves them out.
 _DEFAULTS = {
     "use_cache": True,
     "tie_word_embeddings": False,
@@ -27,12 +27,12 @@ _DEFAULTS = {
 
 
 class LlavaQwenSlowFastConfig(PretrainedConfig):
-    """The fields of config.json, kept as they are; what they mean is decided by `model_config`.
+    """The fields of config.json, kept as they are; `model_config` interprets them.
 
-    Two fields are ours: `decode_mode` ('released' or 'trained', see DECODE_MODES) and `vision_tower_sizes`, the
-    tower's sizes, which released files do not store: `from_pretrained` reads them from the tensors.
+    Two fields are sfexport's own: `decode_mode` ('released' or 'trained') and `vision_tower_sizes`. Released files do
+    not store the latter: `from_pretrained` reads them from the tensors.
 
-    `attn_implementation` in a file is not obeyed: the attention is this model's own, and a name of a kernel must not
+    `attn_implementation` in a file is ignored: the attention is this model's own, and the name of a kernel must not
     make transformers look for code.
     """
 
@@ -45,7 +45,8 @@ class LlavaQwenSlowFastConfig(PretrainedConfig):
             if value not in (None, "eager", "sdpa"):
                 logger.warning("%s %r is not used: the model's attention is its own.", name, str(value)[:100])
         # These are set after transformers' __init__, which drops some and rewrites others, each version in its own way.
-        rope = {name: kwargs.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in kwargs}
+        names = ("rope_theta", "rope_scaling", "rope_parameters")
+        rope: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         own = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
         super().__init__(**kwargs)
         for name, value in own.items():
@@ -62,12 +63,12 @@ class LlavaQwenSlowFastConfig(PretrainedConfig):
 
     @property
     def model_config(self) -> ModelConfig:
-        """The parsed fields; raises CheckpointError naming a field without meaning."""
+        """The parsed fields. Raises CheckpointError naming a field without meaning."""
         return ModelConfig.from_dict(vars(self) | {"model_type": MODEL_TYPE})
 
     @property
     def tower(self) -> Tower:
-        """The vision tower's sizes; ConvNeXt-XXL, the released one, where nothing says otherwise."""
+        """The vision tower's sizes; default those of ConvNeXt-XXL, the released one."""
         sizes = getattr(self, "vision_tower_sizes", None)
         return tower_from_sizes(sizes) if sizes else CONVNEXT_XXL
 

@@ -17,7 +17,7 @@ from sfexport.model.qwen2 import Attention, CausalMask, Mlp, RMSNorm, Rotary, at
 
 @dataclass
 class SlowBranch:
-    """What the hybrid layers need of a batch's videos.
+    """The slow branch's tensors for a batch of videos, which the hybrid layers attend to.
 
     Attributes:
         key_values: [B, hybrid layers, 2, kv heads, Ls, head_dim], K then V.
@@ -47,7 +47,10 @@ class HybridAttention(Attention):
             self.cross_attn_warm_up_gate = nn.Parameter(torch.zeros(1))
 
     def slow_key_values(self, normed_slow: Tensor) -> Tensor:
-        """[B, Ls, H] -> [B, 2, kv heads, Ls, head_dim]; rows of the projection lie head by head, K then V."""
+        """Project normed slow tokens to K and V: [B, Ls, H] -> [B, 2, kv heads, Ls, head_dim].
+
+        The projection's rows lie head by head, K then V.
+        """
         packed = self.cross_attn_kv_proj(normed_slow).unflatten(-1, (self.kv_heads, 2, self.head_dim))
         return packed.permute(0, 3, 2, 1, 4)
 
@@ -60,7 +63,7 @@ class HybridAttention(Attention):
         return self.o_proj(output)
 
     def cross_attention(self, query: Tensor, output: Tensor, slow: SlowBranch) -> Tensor:
-        """g * softmax(q k^T / sqrt(d)) v, zero where a position does not attend or a row has no slow token.
+        """Compute g * softmax(q k^T / sqrt(d)) v; zero where a position does not attend or a row has no slow token.
 
         Args:
             query: [B, heads, S, d], after RoPE. The slow keys carry no positions.
@@ -68,14 +71,14 @@ class HybridAttention(Attention):
         """
         key, value = slow.key_values[:, self.hybrid_index].unbind(1)
         has_slow = slow.mask.any(-1)
-        # A row without slow tokens would be a softmax over nothing: let it see all, then multiply by zero.
+        # A softmax over nothing is NaN: a row without slow tokens sees all of them, and its result is dropped.
         mask = (slow.mask | ~has_slow[:, None])[:, None, None, :]
         context = attend(query, key, value, attn_mask=mask)
         attends = slow.attends & has_slow[:, None]
         return torch.where(attends[..., None], self.gate_value(output) * context, 0)
 
     def gate_value(self, output: Tensor) -> Tensor:
-        """One scalar per position, [B, S, 1]."""
+        """Compute the gate g, one scalar per position: [B, S, heads * d] -> [B, S, 1]."""
         value = self.cross_attn_gate_proj(output)
         if self.gate.warm_up:
             warm_up = self.cross_attn_warm_up_gate
@@ -90,7 +93,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         text, slow_fast = config.text, config.slow_fast
         self.is_hybrid = index in slow_fast.hybrid_layers
+        self.self_attn: Attention
         if self.is_hybrid:
+            assert slow_fast.gate is not None  # it is None only without hybrid layers
             hybrid_index = slow_fast.hybrid_layers.index(index)
             self.self_attn = HybridAttention(text, index, hybrid_index, slow_fast.gate, dropout)
         else:
@@ -100,7 +105,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
     def slow_key_values(self, slow: Tensor) -> Tensor:
-        """Slow tokens [B, Ls, H] through this layer's input norm -> [B, 2, kv heads, Ls, head_dim]."""
+        """Compute a hybrid layer's slow K/V: slow tokens [B, Ls, H] -> [B, 2, kv heads, Ls, head_dim]."""
+        assert isinstance(self.self_attn, HybridAttention)
         return self.self_attn.slow_key_values(self.input_layernorm(slow))
 
     def forward(

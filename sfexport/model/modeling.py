@@ -8,6 +8,7 @@ published code behaves) and 'trained' (they do, as in training).
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,21 +49,28 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path | None, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """transformers' from_pretrained; the tower's sizes are read from a local checkpoint's tensors."""
-        if config is None:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[Any] | None,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model as transformers does, with the tower's sizes read from a local checkpoint's tensors."""
+        path = pretrained_model_name_or_path
+        if config is None and path is not None:
             config = cls.config_class.from_pretrained(path)
         if "decode_mode" in kwargs:
             config.decode_mode = kwargs.pop("decode_mode")
-        if kwargs.get("state_dict") is not None or not Path(path).is_dir():
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        checkpoint = Checkpoint.open(path)
+        if kwargs.get("state_dict") is not None or path is None or not Path(path).is_dir():
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        checkpoint = Checkpoint.open(Path(path))
         if getattr(config, "vision_tower_sizes", None) is None:
             config.set_tower(checkpoint.tower)
         state = _renamed_layer_scale(checkpoint)
         if state is None:
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = str(path)
         if (checkpoint.path / "generation_config.json").is_file():
@@ -89,14 +97,21 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         padding_side: str | None = None,
     ) -> tuple[Merged, SlowBranch | None]:
-        """Encode the videos and merge them into the prompts.
+        """Encode the videos and merge their fast tokens into the prompts.
 
         Args:
             input_ids: int64 [B, N]; -200 stands for the row's video.
             images: one [T, 3, S, S] or [3, S, S] (T = 1: an image) or None per row, also for rows without a -200;
                 None for text only.
-            attention_mask, labels: [B, N] or None.
-            padding_side: of the merged rows; None: the configuration's.
+            attention_mask: [B, N] or None.
+            labels: [B, N] or None.
+            padding_side: 'left' or 'right', for the merged rows; default the configuration's.
+
+        Returns:
+            The merged prompts, and the slow branch's tensors or None without videos or hybrid layers.
+
+        Raises:
+            InputError: the numbers of prompts and videos differ, or a prompt and its video do not fit together.
         """
         text, slow_fast = self.config.model_config.text, self.config.model_config.slow_fast
         if images is not None and len(images) != len(input_ids):
@@ -143,30 +158,25 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [B, L, V] over the merged sequence, and the loss where labels [B, N] are given.
+        """Compute logits [B, L, V] over the merged sequence, and the loss if labels [B, N] are given.
 
         `slow_*` are SlowBranch's fields, for callers (such as generate) that have encoded the videos already. A call
-        that goes on from a cache (`cache` or `past_key_values`) takes token ids or embeddings, and an attention mask
-        over everything since the first position.
+        that continues a cache (`cache` or `past_key_values`) takes token ids or embeddings, and an attention mask
+        over all positions from the first on.
         """
         kwargs |= {"cache": cache, "past_key_values": past_key_values}
         cache = caches.take_cache(kwargs)
-        slow = None if slow_key_values is None else SlowBranch(slow_key_values, slow_attends, slow_mask)
-        goes_on = caches.length(cache) > 0
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("The model takes either input_ids or inputs_embeds.")
-        if images is not None and (goes_on or inputs_embeds is not None):
-            raise InputError("Videos belong to a prompt's token ids, not to embeddings or to what follows a prompt.")
-        if inputs_embeds is None and goes_on:
+        slow = _slow_branch(slow_key_values, slow_attends, slow_mask)
+        continues = caches.length(cache) > 0
+        _check_inputs(input_ids, inputs_embeds, images, continues)
+        # 1. Embed token ids, and encode and merge the videos of a prompt.
+        if input_ids is not None and continues:
             inputs_embeds = self.model.embed_tokens(input_ids)
-        elif inputs_embeds is None:
+        elif input_ids is not None:
             merged, slow = self.prepare_multimodal(input_ids, images, attention_mask, labels)
-            inputs_embeds, position_ids, attention_mask = (
-                merged.inputs_embeds,
-                merged.position_ids,
-                merged.attention_mask,
-            )
-            labels = None if labels is None else merged.labels
+            inputs_embeds, position_ids = merged.inputs_embeds, merged.position_ids
+            attention_mask, labels = merged.attention_mask, None if labels is None else merged.labels
+        # 2. Run the decoder.
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -177,6 +187,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
             **{caches.NAME: cache},
             **kwargs,
         )
+        # 3. Compute the logits and the loss.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         result = CausalLMOutputWithPast(
@@ -196,13 +207,16 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         decode_mode: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' generate on [B, N] prompts and one video a row; returns the new tokens only.
+        """Generate answers to [B, N] prompts with one video per row, as transformers does; return the new tokens only.
 
-        Rows of different lengths are padded on the left whatever the configuration says, so that each answer is the
+        Rows of different lengths are padded on the left, whatever the configuration says, so that each answer is the
         one that its row has alone.
 
         Args:
-            decode_mode: 'released' or 'trained'; None takes the configuration's.
+            decode_mode: 'released' or 'trained'; default the configuration's.
+
+        Raises:
+            InputError: there is no prompt, the mode is unknown, or an argument does not work with videos.
         """
         decode_mode = decode_mode or self.config.model_config.slow_fast.decode_mode
         if decode_mode not in DECODE_MODES:
@@ -240,17 +254,19 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         slow_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The next call's arguments, from what the cache holds: all that it does not hold is computed.
+        """Return the arguments of generate's next forward call, for the positions that the cache does not hold.
 
         Args:
             input_ids: the tokens generated so far, [B, new].
             inputs_embeds: the merged prompt.
             attention_mask: over the prompt and the new tokens; None: no padding.
-            decode_mode: whether new tokens attend to the slow tokens ('trained') or not ('released').
+            decode_mode: 'trained' if new tokens attend to the slow tokens, else 'released'.
 
         Raises:
-            InputError: a cache or a mask that does not fit the tokens.
+            InputError: the cache or the mask does not fit the tokens, or there is no merged prompt.
         """
+        if inputs_embeds is None:
+            raise InputError("Generation continues a prompt's embeddings, and none were given.", "Call generate.")
         cache = caches.take_cache(kwargs)
         past, prompt = caches.length(cache), inputs_embeds.shape[1]
         total = prompt + input_ids.shape[1]
@@ -262,11 +278,13 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
                 "This transformers version may hand over its cache in another way; use another version.",
             )
         embeds = self.model.embed_tokens(input_ids[:, max(0, past - prompt) :])
-        attends = torch.full(embeds.shape[:2], decode_mode == "trained", device=embeds.device)
+        new_attends = torch.full(embeds.shape[:2], decode_mode == "trained", device=embeds.device)
+        attends: Tensor | None = new_attends
         if not past:
             embeds = torch.cat([inputs_embeds, embeds], dim=1)
-            attends = None if slow_attends is None else torch.cat([slow_attends, attends], dim=1)
-        out = {name: kwargs[name] for name in ("use_cache", "logits_to_keep", "output_hidden_states") if name in kwargs}
+            attends = None if slow_attends is None else torch.cat([slow_attends, new_attends], dim=1)
+        names = ("use_cache", "logits_to_keep", "output_hidden_states")
+        out: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
         if kwargs.get("output_attentions"):
             raise InputError("The model does not return attention weights.", "Leave output_attentions out.")
         if slow_key_values is not None and (not past or decode_mode == "trained"):
@@ -274,8 +292,26 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         return out | {"inputs_embeds": embeds, "attention_mask": attention_mask, caches.NAME: cache}
 
 
+def _check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, images: Sequence[Tensor | None] | None, continues: bool
+) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("The model takes either input_ids or inputs_embeds.")
+    if images is not None and (continues or inputs_embeds is not None):
+        raise InputError("Videos belong to a prompt's token ids, not to embeddings or to what follows a prompt.")
+
+
+def _slow_branch(key_values: Tensor | None, attends: Tensor | None, mask: Tensor | None) -> SlowBranch | None:
+    """Make a SlowBranch of forward's arguments, of which all or none are given."""
+    if key_values is None:
+        return None
+    if attends is None or mask is None:
+        raise InputError("slow_key_values needs slow_attends and slow_mask.")
+    return SlowBranch(key_values, attends, mask)
+
+
 def _renamed_layer_scale(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
-    """All tensors with each `gamma` called `weight`; None where none is called so, and nothing need be renamed."""
+    """Read all tensors with each `gamma` renamed to `weight`; None if no tensor is called `gamma`."""
     state: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(safe_open(shard.path, framework="pt")) for shard in checkpoint.shards]
@@ -287,13 +323,16 @@ def _renamed_layer_scale(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of each position's next label, IGNORED_LABEL left out.
+    """Compute the cross-entropy of each position's next label, without those that are IGNORED_LABEL.
 
     Args:
-        num_items_in_batch: labels of all batches that one optimizer step sums up; None: the mean of this batch.
+        logits: [B, L, V].
+        labels: int64 [B, L].
+        num_items_in_batch: number of labels of all batches that one optimizer step sums up; None: the mean of this
+            batch.
 
     Raises:
-        InputError: logits of some positions only.
+        InputError: the logits are of some positions only.
     """
     if logits.shape[:2] != labels.shape:
         raise InputError(f"{logits.shape[1]} positions have logits and {labels.shape[1]} have labels.")

@@ -1,4 +1,4 @@
-"""Vision tower, projector and hybrid decoder: what lies between frames or embeddings and the last hidden states."""
+"""Vision tower, projector and hybrid decoder: from frames or embeddings to the last hidden states."""
 
 from __future__ import annotations
 
@@ -28,20 +28,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EncodedVideos:
-    """A batch's visual tokens: slow [T * P, H] and fast [F * P', H] per row, both empty for a row without video."""
+    """A batch's visual tokens, empty for a row without a video.
+
+    Attributes:
+        slow: slow tokens of each row, [T * P, H].
+        fast: fast tokens of each row, [F * P', H].
+    """
 
     slow: list[Tensor]
     fast: list[Tensor]
 
     def padded_slow(self) -> tuple[Tensor, Tensor]:
-        """Slow tokens [B, Ls, H], zero-padded on the right, and their mask, bool [B, Ls]."""
+        """Return the slow tokens [B, Ls, H], zero-padded on the right, and their mask, bool [B, Ls]."""
         lengths = torch.tensor([len(s) for s in self.slow], device=self.slow[0].device)
         padded = nn.utils.rnn.pad_sequence(self.slow, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 class SlowFastPreTrainedModel(PreTrainedModel):
-    """What both classes share: the configuration, and values for what a checkpoint lacks."""
+    """Base of both model classes: their configuration, and initial values for tensors that a checkpoint lacks."""
 
     config_class = LlavaQwenSlowFastConfig
     base_model_prefix = "model"
@@ -54,12 +59,12 @@ class SlowFastPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, (RMSNorm, nn.LayerNorm)):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, ConvNextBlock):
             nn.init.constant_(module.weight, 1e-6)
         elif isinstance(module, VitEmbeddings) and hasattr(module, "class_embedding"):
@@ -77,7 +82,7 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
         super().__init__(config)
         model_config = config.model_config
         text = model_config.text
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(model_config, i, config.attention_dropout) for i in range(text.num_layers)
         )
@@ -94,7 +99,7 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
         self.embed_tokens = value
 
     def encode_videos(self, videos: Sequence[Tensor | None]) -> EncodedVideos:
-        """Frames [T, 3, S, S], one image [3, S, S] or None per row -> slow and fast tokens."""
+        """Encode one video [T, 3, S, S], image [3, S, S] or None per row into slow and fast tokens."""
         model_config = self.config.model_config.slow_fast
         frames = [v if v.ndim == 4 else v[None] for v in videos if v is not None]
         projected = self.mm_projector(self.vision_tower(torch.cat([v.to(self.dtype) for v in frames])))
@@ -108,8 +113,9 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
         return out
 
     def slow_key_values(self, slow: Tensor) -> Tensor:
-        """Slow tokens [B, Ls, H] -> K and V of all hybrid layers, [B, hybrid layers, 2, kv heads, Ls, head_dim]."""
-        return torch.stack([layer.slow_key_values(slow) for layer in self.layers if layer.is_hybrid], dim=1)
+        """Compute K and V of all hybrid layers: [B, Ls, H] -> [B, hybrid layers, 2, kv heads, Ls, head_dim]."""
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer) and layer.is_hybrid]
+        return torch.stack([layer.slow_key_values(slow) for layer in layers], dim=1)
 
     def forward(
         self,
@@ -126,13 +132,14 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
         Args:
             inputs_embeds: [B, S, H].
             attention_mask: [B, past + S], 0 for padding; or 4-D as scaled_dot_product_attention takes it.
-            position_ids: [B, S]; None: counted over what is not padding.
-            use_cache: make a cache where none is given; None: the configuration's, but not in training.
+            position_ids: [B, S]; default counted over the positions that are not padding.
+            use_cache: make a cache if none is given; default the configuration's, and False in training.
+            slow: the slow branch's tensors; None: no position attends to slow tokens.
             kwargs: the cache, as `cache` or `past_key_values`.
 
         Raises:
-            InputError: a mask that does not cover what the cache holds and the new positions, or a cache that did not
-                take the new ones.
+            InputError: the mask does not cover the cache's and the new positions, or the cache did not take the new
+                ones.
         """
         cache = caches.take_cache(kwargs)
         _warn_of(kwargs)
@@ -161,15 +168,14 @@ class LlavaQwenSlowFastModel(SlowFastPreTrainedModel):
                 hidden = layer(hidden, rotary, mask, cache, slow)
         caches.check_length(cache, past + count)
         hidden = self.norm(hidden)
+        kept: dict[str, Any] = {caches.NAME: cache if use_cache else None}
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*states, hidden) if output_hidden_states else None,
-            **{caches.NAME: cache if use_cache else None},
+            last_hidden_state=hidden, hidden_states=(*states, hidden) if output_hidden_states else None, **kept
         )
 
 
 def count_positions(attention_mask: Tensor | None, past: int, count: int, device: torch.device) -> Tensor:
-    """Positions of a call's rows, [B or 1, count]: from 0 on over what is not padding."""
+    """Return the new positions' numbers, [B or 1, count], counted from 0 without padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(past, past + count, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -190,7 +196,7 @@ _warned: set[str] = set()
 
 
 def _warn_of(arguments: dict[str, Any]) -> None:
-    """Say once of every argument that the model does not know, and refuse one that asks for what it cannot do."""
+    """Warn once of each unknown argument, and refuse output_attentions, which the model does not have."""
     if arguments.pop("output_attentions", None):
         raise InputError("The model does not return attention weights.", "Leave output_attentions out.")
     unknown = {name for name, value in arguments.items() if value is not None} - _warned

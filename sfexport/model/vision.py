@@ -20,6 +20,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class ConvNextMlp(nn.Module):
+    """fc2(gelu(fc1(x))), four times as wide in between."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -47,10 +49,12 @@ class ConvNextBlock(nn.Module):
 
 
 class ConvNextStage(nn.Module):
+    """An optional 2 x 2 downsampling, then blocks of one width."""
+
     def __init__(self, in_width: int | None, width: int, depth: int, tower: ConvNextTower) -> None:
         super().__init__()
         eps = tower.layer_norm_eps
-        self.downsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if in_width is not None:
             self.downsample = nn.Sequential(LayerNorm2d(in_width, eps=eps), nn.Conv2d(in_width, width, 2, 2))
         self.blocks = nn.Sequential(*(ConvNextBlock(width, tower.kernel, eps) for _ in range(depth)))
@@ -98,6 +102,8 @@ class VitEmbeddings(nn.Module):
 
 
 class VitAttention(nn.Module):
+    """Self-attention without a mask."""
+
     def __init__(self, tower: VitTower) -> None:
         super().__init__()
         self.heads = tower.num_heads
@@ -112,6 +118,8 @@ class VitAttention(nn.Module):
 
 
 class VitMlp(nn.Module):
+    """fc2(activation(fc1(x))): quick GELU or GELU's tanh approximation."""
+
     def __init__(self, tower: VitTower) -> None:
         super().__init__()
         self.activation = tower.activation
@@ -151,6 +159,8 @@ class VitEncoder(nn.Module):
 
 
 class VitModel(nn.Module):
+    """Embeddings, CLIP's first norm, and the layers up to the selected one."""
+
     def __init__(self, tower: VitTower) -> None:
         super().__init__()
         self.embeddings = VitEmbeddings(tower)
@@ -176,7 +186,7 @@ class Vit(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Holds the tower under the name the checkpoints use: `vision_tower.vision_tower`."""
+    """The tower under the name that checkpoints use: `vision_tower.vision_tower`."""
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()

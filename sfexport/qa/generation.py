@@ -175,7 +175,7 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions, prompt: int = 0) -> None:
         """Args: `prompt` positions before the answer, which max_length and min_length count."""
-        self.options, self.ids = options, []
+        self.options, self.ids = options, list[int]()
         self.limit = options.limit(prompt)
         self._least = max(options.min_new_tokens, options.min_length - prompt)
         self._random = np.random.default_rng(options.seed)
@@ -203,13 +203,14 @@ class Sampler:
 
     def _probabilities(self, scores: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            probabilities = softmax(scores).astype(np.float64)
+            probabilities: np.ndarray = softmax(scores).astype(np.float64)
         if not np.isfinite(probabilities).all():
             raise SfexportError(
                 "The model's logits are infinite, so no token can be drawn.",
                 "Its weights may be damaged, or the temperature is too small.",
             )
-        return probabilities / probabilities.sum()
+        probabilities /= probabilities.sum()
+        return probabilities
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Logits after all that changes them, in transformers' order: -inf for tokens that are not allowed."""

@@ -79,9 +79,10 @@ def force(scores: np.ndarray, tokens: Collection[int]) -> np.ndarray:
 
 
 def replace_invalid(scores: np.ndarray) -> np.ndarray:
-    """NaN becomes 0, infinities the largest finite numbers."""
+    """Replace NaN by 0 and infinities by the largest finite numbers."""
     limits = np.finfo(scores.dtype)
-    return np.nan_to_num(scores, nan=0.0, posinf=limits.max, neginf=limits.min)
+    out: np.ndarray = np.nan_to_num(scores, nan=0.0, posinf=limits.max, neginf=limits.min)
+    return out
 
 
 def decay(scores: np.ndarray, ends: Collection[int], step: int, start: int, factor: float) -> np.ndarray:
@@ -160,18 +161,20 @@ def keep_eta(scores: np.ndarray, cutoff: float) -> np.ndarray:
     kind = scores.dtype.type
     logs, chances = log_softmax(scores), softmax(scores)
     entropy = -np.sum(np.maximum(logs, np.finfo(logs.dtype).min) * chances, dtype=scores.dtype)
-    least = min(kind(cutoff), np.sqrt(kind(cutoff)) * np.exp(-entropy))
-    return _keep(scores, (chances >= least) | (scores >= scores.max()))
+    floor = min(kind(cutoff), np.sqrt(kind(cutoff)) * np.exp(-entropy))
+    return _keep(scores, (chances >= floor) | (scores >= scores.max()))
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(scores - scores.max())
-    return exponentials / exponentials.sum()
+    exponentials: np.ndarray = np.exp(scores - scores.max())
+    out: np.ndarray = exponentials / exponentials.sum()
+    return out
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
     shifted = scores - scores.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    out: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return out
 
 
 def _running_sum(values: np.ndarray) -> np.ndarray:

@@ -209,8 +209,8 @@ def _all_shapes(config: Mapping[str, Any], tower: Tower) -> Shapes:
         return shapes | replace(tower, select_layer=-1).expected_tensors()
     width, head = tower.out_size, TOWER_PREFIX + "head."
     unused = {f"{head}norm.weight": (width,), f"{head}norm.bias": (width,)}
-    unused |= {f"{head}fc.weight": (1000, width), f"{head}fc.bias": (1000,)}
-    return shapes | tower.expected_tensors() | unused
+    classifier = {f"{head}fc.weight": (1000, width), f"{head}fc.bias": (1000,)}
+    return {**shapes, **tower.expected_tensors(), **unused, **classifier}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -247,7 +247,7 @@ def _write_shards(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, values in tensors.items():
         shards[int(2 * written >= total)][name] = values
         written += 2 * values.size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_safetensors_bf16(directory / file, shard)

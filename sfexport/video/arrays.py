@@ -1,6 +1,6 @@
-"""Frames that are in memory already: NumPy arrays, PIL images, DLPack tensors, and lists of these.
+"""Frames in memory as a video: NumPy arrays, PIL images, DLPack tensors, and lists of these.
 
-The libraries that own DLPack tensors (torch, CuPy, JAX) are not imported: their tensors are asked through the protocol.
+The libraries that own DLPack tensors (torch, CuPy, JAX) are not imported: the protocol is enough.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ WHAT_WORKS = (
     "or a tensor with __dlpack__."
 )
 IN_MEMORY = Path("<frames in memory>")
-# Of one frame. More is a slip, for instance of the order of dimensions, and would fill the memory.
+# Of one frame. A larger one is a mistake, for instance in the order of dimensions, and would fill the memory.
 MOST_PIXELS = 1 << 28
 # DLPack's device types whose memory the CPU reads: CPU, CUDA's and ROCm's pinned memory, CUDA's managed memory.
 READABLE_DEVICES = (1, 3, 11, 13)
 
 
 class MemoryFrames:
-    """Frames in memory as a source for `Video`. Nothing is copied but the frames that are asked for.
+    """A source for `Video` of frames in memory, which copies only the frames that are asked for.
 
     An array or tensor [T, H, W, 3] and a list are clips, however short; one [H, W, 3] or one PIL image is a picture.
     PIL images are turned upright by their EXIF tag and made RGB, as those read from files are.
     """
 
     def __init__(self, video: Any, fps: float | None = None) -> None:
-        """Look at the frames' types and shapes, and at the first frame.
+        """Check the frames' types and shapes, and read the first frame.
 
         Args:
-            video: see WHAT_WORKS; everything uint8 RGB. A tensor on a GPU is taken if it has `.cpu()`, which is
-                called for each frame that is asked for.
-            fps: frames per second; None: unknown, and `info.fps` is not a number.
+            video: see WHAT_WORKS; everything uint8 RGB. A tensor on a GPU needs `.cpu()`, which is called for each
+                frame that is asked for.
+            fps: frames per second; None: unknown, and `info.fps` is NaN.
 
         Raises:
-            VideoError: something else, saying what it is.
+            VideoError: `video` is not frames in memory.
             InputError: `fps` is not a positive number.
         """
         check_rate(fps)
         self._frames, is_picture = _frames_of(video)
-        # The first frame now, in the caller's thread: its copy from a GPU waits for the work that makes the frames.
+        # Read in the caller's thread: the copy from a GPU waits for the work that makes the frames.
         height, width, _ = self.frame(0).shape
         count, rate = len(self._frames), 1.0 if is_picture else fps or math.nan
         seconds = 0.0 if is_picture or fps is None else count / fps
@@ -57,10 +57,10 @@ class MemoryFrames:
         self.frames_decoded = 0
 
     def frame(self, index: int) -> np.ndarray:
-        """uint8 RGB [height, width, 3] of the frame at this position.
+        """Return the frame at this position, uint8 RGB [height, width, 3].
 
         Raises:
-            VideoError: it is no such thing after all, as a picture whose file is damaged.
+            VideoError: the frame cannot be read, for instance because a picture's file is damaged.
         """
         frame, name = self._frames[index], f"Frame {index}"
         pixels = _rgb(frame, name) if isinstance(frame, Image.Image) else _to_cpu(frame, name)
@@ -72,7 +72,7 @@ class MemoryFrames:
 
 
 def _frames_of(video: Any) -> tuple[Any, bool]:
-    """What gives frame i as [i], of a length; and whether it is one picture."""
+    """Return a sequence of frames, and whether it is one picture."""
     if isinstance(video, Image.Image):
         return [_taken(video, "The picture")], True
     if _is_tensor(video):
@@ -94,7 +94,7 @@ def _frames_of(video: Any) -> tuple[Any, bool]:
 
 
 def _taken(frame: Any, name: str) -> Any:
-    """One frame, looked at: a PIL image or a tensor of the right type and shape."""
+    """Check one frame: return a PIL image, or a tensor of the right type and shape."""
     if isinstance(frame, Image.Image):
         _refuse_animation(frame, name)
         return frame
@@ -113,7 +113,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _readable(tensor: Any, name: str) -> Any:
-    """The tensor as an array that shares its memory; as it is where that is a device's and `.cpu()` gets it."""
+    """Return an array that shares the tensor's memory; or the tensor itself if `.cpu()` can copy it from a device."""
     if isinstance(tensor, np.ndarray):
         return tensor
     try:
@@ -134,11 +134,12 @@ def _readable(tensor: Any, name: str) -> Any:
 def _to_cpu(frame: Any, name: str) -> np.ndarray:
     if isinstance(frame, np.ndarray):
         return frame
-    return _readable(frame.cpu(), name)
+    pixels: np.ndarray = _readable(frame.cpu(), name)
+    return pixels
 
 
 def _dtype(tensor: Any) -> str:
-    """Its name without the library's: 'uint8' for torch.uint8."""
+    """Return the dtype's name without the library's: 'uint8' for torch.uint8."""
     return str(getattr(tensor, "dtype", "of unknown type")).rpartition(".")[2]
 
 
@@ -147,7 +148,7 @@ def _describe(tensor: Any) -> str:
 
 
 def _check(tensor: Any, name: str, dimensions: int) -> None:
-    """Raises VideoError unless it is uint8 [height, width, 3], or with frames in front where it has 4 dimensions."""
+    """Raise VideoError unless the tensor is uint8 [height, width, 3], or [frames, height, width, 3] of 4 dimensions."""
     dtype, shape = _dtype(tensor), tuple(tensor.shape)
     if isinstance(tensor, np.ma.MaskedArray):
         raise VideoError(f"{name} is a masked array, whose mask would not be seen.", "Pass array.filled(0).")
@@ -168,7 +169,7 @@ def _check(tensor: Any, name: str, dimensions: int) -> None:
 
 
 def _refuse_animation(image: Image.Image, name: str) -> None:
-    """All items that PIL.ImageSequence gives are one image, which stands at one place."""
+    """Raise VideoError for an animation: all items of PIL.ImageSequence are one image, at one position."""
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise VideoError(
             f"{name} is an animated {image.format} image, which shows one of its pictures at a time.",

@@ -1,4 +1,4 @@
-"""A clip: the frame of any index, by jumps where they are safe and from the beginning where they are not."""
+"""Get any frame of a clip, by jumps where they are safe and from the beginning where they are not."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from sfexport.video.files import VideoInfo
 from sfexport.video.rgb import RgbConverter, stored_orientation
 from sfexport.video.timeline import PacketInfo, SeekPoint, Timeline
 
-# Frames decoded on opening, to see that they come in the order of their times and one per packet.
+# Frames decoded on opening, to check that they come in the order of their times and one per packet.
 TRIED_FRAMES = 8
 Numbered = tuple[int, av.VideoFrame]  # the frame's index, and the frame
 
 
 class Clip:
-    """A video stream, its timeline, and a decoder that stands somewhere on it."""
+    """A video stream, its timeline, and a decoder at some position of it."""
 
     def __init__(self, path: Path, shape: str | None = None, shown: Path | None = None) -> None:
         """Open a clip, list its packets and decode its first frames.
 
         Args:
             shape: FFmpeg's name of the file's format; None: FFmpeg finds out.
-            shown: what messages and `info.path` name instead of `path`.
+            shown: path for messages and `info.path` instead of `path`.
 
         Raises:
-            VideoError: it holds no video, or the video cannot be decoded.
+            VideoError: the file holds no video, or the video cannot be decoded.
         """
+        self._timeline: Timeline
+        self._latest: av.VideoFrame | None
+        self._picture: np.ndarray | None
+        self._jumped_to: SeekPoint | None
         self._path = shown or path
         self._rgb = RgbConverter(self._path)
         with explained(self._path):
@@ -43,7 +47,7 @@ class Clip:
             with explained(self._path):
                 self._open_timeline(self._decoder.list_packets())
                 self._advance_from_start(0)
-                self._orientation = stored_orientation(self._latest, self._decoder.first_payload)
+                self._orientation = stored_orientation(self._current(), self._decoder.first_payload)
                 self.info = self._describe()
         except BaseException:
             self.close()
@@ -58,7 +62,7 @@ class Clip:
         self._is_closed = True
 
     def frame(self, index: int) -> np.ndarray:
-        """uint8 RGB [height, width, 3] of the frame at this position in presentation order."""
+        """Return the frame at this position in presentation order, uint8 RGB [height, width, 3]."""
         if self._is_closed:
             raise VideoError(f"'{self._path}' has been closed.", "Take its frames while it is open.")
         with explained(self._path):
@@ -67,16 +71,21 @@ class Clip:
             else:
                 self._go_on(index)
             if self._picture is None:
-                self._picture = self._orientation.upright(self._rgb.convert(self._latest))
+                self._picture = self._orientation.upright(self._rgb.convert(self._current()))
         return self._picture
 
-    # Moving about.
+    def _current(self) -> av.VideoFrame:
+        """Return the frame that came last from the decoder."""
+        assert self._latest is not None
+        return self._latest
+
+    # Reaching a frame.
 
     def _jump(self, index: int) -> None:
-        """Decode from the last seek point that gives this frame.
+        """Decode from the last seek point that leads to this frame, usually the last one before it.
 
-        Usually that is the last one before it. Some do not give what they promise (gradual refresh, containers that
-        land elsewhere, wrong flags): those are forgotten, more of them each time, in the end all.
+        Some seek points do not lead to their frame (gradual refresh, containers that land elsewhere, wrong flags):
+        those are removed, more of them each time, in the end all.
         """
         for tries in count():
             point = self._timeline.seek_point(index)
@@ -92,7 +101,7 @@ class Clip:
         self._advance_from_start(index)
 
     def _go_on(self, index: int) -> None:
-        """Where a jump proves wrong only later on, jump again: what stands on its seek point is forgotten."""
+        """Decode on to a frame; if an earlier jump now proves wrong, remove its seek point and jump again."""
         if self._jumped_to is None:
             self._advance_from_start(index)
             return
@@ -112,16 +121,16 @@ class Clip:
             ) from error
 
     def _stand(self, output: Iterator[Numbered], before: int, jumped_to: SeekPoint | None = None) -> None:
-        """`output` gives the frames from number `before` on, after a jump to this point if there was one."""
+        """Continue with `output`, which gives the frames from number `before` on, after a jump if there was one."""
         self._output, self._at, self._jumped_to = output, before - 1, jumped_to
         self._passed = jumped_to.ordinal - 1 if jumped_to else -1  # the highest ordinal among the frames that came
         self._latest, self._picture = None, None
 
     def _advance_to(self, index: int) -> None:
-        """Raises Lost where the next frame that comes is not the next one in order."""
+        """Take frames up to this one. Raises Lost if the decoder's next frame is not the next one in order."""
         while self._at < index:
             expected = self._at + 1
-            # Past all, so that after an error the latest frame does not answer for those behind it.
+            # Set past the end, so that after an error no later frame is taken for the latest one.
             self._at = len(self._timeline.order)
             number, frame = next(self._output, (-1, None))
             if number != expected:
@@ -130,7 +139,7 @@ class Clip:
             self._passed = max(self._passed, int(self._timeline.order[number]))
 
     def _from_seek_point(self, point: SeekPoint) -> Iterator[Numbered]:
-        """The frames from this point's on. Those before it refer to what was not decoded, and are left out."""
+        """Yield the frames from a seek point on, without those before it, which refer to frames not decoded."""
         for number, frame in self._numbered(self._decoder.from_seek_point(point, self._timeline)):
             if number < point.frame:
                 continue
@@ -145,10 +154,10 @@ class Clip:
     # Opening.
 
     def _open_timeline(self, packets: list[PacketInfo]) -> None:
-        """Set the timeline, and leave the decoder before the first frame.
+        """Set the timeline, with the decoder before the first frame.
 
-        What a decoder puts in the place of what frames lost in transmission would have given depends on its threads and
-        on where it began: all frames then come from the beginning, decoded by one thread.
+        After a loss in transmission, a decoder's pixels depend on its threads and on where it began: all frames of
+        such a clip come from the beginning, decoded by one thread.
         """
         is_stream = self._decoder.container.format.name in ("mpegts", "mpeg")
         if is_stream and any(packet.is_corrupt for packet in packets):
@@ -160,9 +169,9 @@ class Clip:
             self._stand(self._numbered(self._decoder.from_start()), before=0)
 
     def _read_timeline(self, infos: list[PacketInfo]) -> Timeline:
-        """By the packets' times; where they cannot be trusted or the first frames contradict them, by decoding all.
+        """Make the timeline of the packets' times; of all decoded frames if the times are wrong or not trusted.
 
-        Leaves the decoder before the first frame.
+        The decoder is then before the first frame.
         """
         timeline = None
         if times_are_usable(self._decoder.container, self._decoder.stream, infos):
@@ -175,7 +184,7 @@ class Clip:
                 is_complete = first + len(tried) == len(timeline.order)
             if first >= 0 and numbers == list(range(first, first + len(numbers))) and is_complete is not False:
                 self._timeline = timeline.starting_at(first)
-                # Decoders without checks show what lies in memory, which depends on the frames that are held.
+                # Damaged pixels of decoders without checks depend on the frames held: decode the first ones again.
                 is_checked = self._decoder.stream.codec_context.name not in ONE_THREAD_CODECS
                 output = chain(tried, rest) if is_checked else self._decoder.from_start()
                 self._stand(self._numbered(output), before=0)
@@ -187,8 +196,8 @@ class Clip:
         return self._timeline
 
     def _try_first_frames(self) -> tuple[list[Decoded], Iterator[Decoded], bool | None]:
-        """Some frames, what follows them, and whether that is the end: None where more may come, or damage."""
-        frames, tried = self._decoder.from_start(), []
+        """Return the first frames, the rest, and True if there is no rest; None if there may be one, or damage."""
+        frames, tried = self._decoder.from_start(), list[Decoded]()
         try:
             tried.extend(islice(frames, TRIED_FRAMES))
         except VideoError as error:
@@ -197,19 +206,20 @@ class Clip:
 
     def _describe(self) -> VideoInfo:
         stream, timeline = self._decoder.stream, self._timeline
-        frames, seconds = len(timeline.order), float(timeline.span() * stream.time_base)
-        size = self._orientation.size(self._latest.width, self._latest.height)
+        frames, seconds = len(timeline.order), float(timeline.span() * (stream.time_base or 0))
+        first = self._current()
+        size = self._orientation.size(first.width, first.height)
         if frames == 1 and self._decoder.container.format.name in PICTURES.split(","):
             return VideoInfo(self._path, 1, 1.0, *size, 0.0, self._orientation.degrees, is_picture=True)
         rate = float(stream.average_rate or stream.guessed_rate or (frames / seconds if seconds else 1))
         return VideoInfo(self._path, frames, rate, *size, seconds or frames / rate, self._orientation.degrees)
 
     def _time_of(self, index: int) -> str:
-        timeline = self._timeline
-        if not timeline.is_timed or index >= len(timeline.stamps):
+        timeline, time_base = self._timeline, self._decoder.stream.time_base
+        if not timeline.is_timed or time_base is None or index >= len(timeline.stamps):
             return ""
         ticks = int(timeline.stamps[index] - timeline.stamps[0])
-        return f" about {float(ticks * self._decoder.stream.time_base):.1f} seconds in"
+        return f" about {float(ticks * time_base):.1f} seconds in"
 
 
 def _failing(error: VideoError) -> Iterator[Decoded]:

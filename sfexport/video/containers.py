@@ -1,7 +1,7 @@
-"""Opening a file with PyAV: which formats are taken, which stream is the video, and its packets.
+"""Open a file with PyAV, choose its video stream and read its packets.
 
-Other files name other files (playlists, patterns) or are no recordings at all (drawn text, subtitles): a format that is
-not listed here is refused before anything in it is followed.
+Only listed formats are opened. The others name other files (playlists, patterns) or are no recordings (drawn text,
+subtitles), and are refused before any name in them is followed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
@@ -22,7 +23,7 @@ from sfexport.video.timeline import PacketInfo
 KINDS_HINT = "MP4, MOV, MKV, WebM, AVI and MPEG files work, and PNG, JPEG, WebP and BMP pictures."
 CONVERT_HINT = "Convert it first, for example: ffmpeg -i INPUT -c:v libx264 -pix_fmt yuv420p OUTPUT.mp4"
 
-# FFmpeg's names. Each holds its frames itself.
+# FFmpeg's names of formats that hold their frames themselves.
 RECORDINGS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,kux,asf,asf_o,ogg,mxf,nut,ivf,dv,"
     "rm,wtv,gxf,nsv,nuv,swf,av1,obu,h264,hevc,vvc,evc,m4v,h261,h263,vc1,vc1test,dirac,cavsvideo,avs2,avs3,apv,dnxhd,"
@@ -35,28 +36,28 @@ PICTURES = (
     "exr_pipe,hdr_pipe,pfm_pipe,phm_pipe,gif_pipe,cri_pipe,gem_pipe,pgx_pipe,photocd_pipe,pictor_pipe,qdraw_pipe,"
     "xbm_pipe,xpm_pipe,xwd_pipe,vbn_pipe,ico"
 )
-# Opened to say that they hold no video.
+# Opened, so that the message can say that they hold no video.
 SOUNDS = "wav,w64,mp3,flac,aac,ac3,eac3,dts,aiff,au,caf,amr,ape,wv,tta"
-# Text that names other files, by how it begins. Looked at only to say what it is.
+# Texts that name other files, by their beginnings; read only for the message.
 PLAYLISTS = {b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files (ffconcat)", b"v=0": "a session description"}
 PLAYLIST_ROOTS = {b"<MPD": "a DASH manifest", b"<SmoothStreamingMedia": "a Smooth Streaming manifest"}
-MAX_PIXELS = 178_956_970  # of a frame; where Pillow sees an attack, too
+MAX_PIXELS = 178_956_970  # of a frame; Pillow's limit, too
 # Titles and the like that are not UTF-8 must not keep a clip from being opened.
-_METADATA = {"metadata_errors": "replace"} if is_older(av.__version__, FIRST_ANY_METADATA) else {}
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if is_older(av.__version__, FIRST_ANY_METADATA) else {}
 NOT_CODED_VOP_SIZE = 10  # bytes; MPEG-4 marks a repeated frame by so small a packet, and decoders give nothing for it
-# Their decoders cover damage up with what lies in memory or came before; told to, they report it.
+# Codecs whose decoders fill damage with other pixels by default, and report it when asked to.
 TELLING_CODECS = (
     *("mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "msmpeg4v3", "h263", "h263i"),
     *("h264", "h263p", "flv", "flv1", "wmv1", "wmv2", "ffv1", "png", "apng"),
 )
-# Of the first three, threads with a slice each do not report damage; what a damaged VP8 frame shows depends on them.
+# With several threads the first three do not report damage, and a damaged VP8 frame depends on the number of threads.
 ONE_THREAD_CODECS = ("mpeg1video", "mpeg2video", "ffv1", "vp8")
 MPEG4_CODECS = ("mpeg4", "msmpeg4v3", "msmpeg4", "msmpeg4v2")
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns what av raises into a VideoError."""
+    """Turn exceptions of av into a VideoError."""
     try:
         yield
     except av.error.DecoderNotFoundError as error:
@@ -72,11 +73,11 @@ def open_container(path: Path, shown: Path, shape: str | None = None) -> av.cont
     """Open a regular file and nothing else.
 
     Args:
-        shown: what messages name instead of `path`.
-        shape: FFmpeg's name of the format, where it is known; None: by content and name.
+        shown: path for messages instead of `path`.
+        shape: FFmpeg's name of the format; None: FFmpeg chooses it by content and name.
 
     Raises:
-        VideoError: a playlist, or another format that does not hold its frames itself.
+        VideoError: the file is a playlist, or of another format that does not hold its frames itself.
     """
     playlist = _playlist(path)
     if playlist:
@@ -86,10 +87,12 @@ def open_container(path: Path, shown: Path, shape: str | None = None) -> av.cont
     # Absolute, so that no part of a name is taken for a protocol.
     options = {"protocol_whitelist": "file", "format_whitelist": f"{RECORDINGS},{PICTURES},{SOUNDS}"}
     try:
-        return av.open(os.path.abspath(path), format=shape, container_options=options, **_METADATA)
+        opened: Any = av.open(os.path.abspath(path), format=shape, container_options=options, **_METADATA)
     except av.error.ArgumentError as error:
-        # What FFmpeg answers for a format that is not listed.
+        # FFmpeg's answer to a format that is not listed.
         raise VideoError(f"'{shown}' is not a video or picture of a kind that sfexport opens.", KINDS_HINT) from error
+    container: av.container.InputContainer = opened
+    return container
 
 
 def _playlist(path: Path) -> str | None:
@@ -103,12 +106,12 @@ def _playlist(path: Path) -> str | None:
 
 
 def video_streams(container: av.container.InputContainer, path: Path) -> list[av.VideoStream]:
-    """The video streams without cover art and thumbnails, the main one first.
+    """Return the video streams without cover art and thumbnails, the main one first.
 
-    The main one is what FFmpeg's av_find_best_stream chooses, by disposition, frames seen and bit rate.
+    FFmpeg's av_find_best_stream chooses the main one, by disposition, frames seen and bit rate.
 
     Raises:
-        VideoError: there is none, or none that can be decoded.
+        VideoError: the container has no video stream.
     """
     aside = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & aside]
@@ -146,10 +149,10 @@ def prepare(stream: av.VideoStream, path: Path, has_threads: bool) -> av.VideoSt
 
 
 def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets with something in them, as far as the file can be read.
+    """Yield the stream's packets that are not empty, as far as the file can be read.
 
-    A last one that is flagged corrupt is where the file was cut off, and left out. Elsewhere the flag means a
-    loss in transmission, which decoders cover up better than a missing frame.
+    A last packet that is flagged corrupt was cut off with the file, and is left out. Elsewhere the flag means a loss
+    in transmission, which decoders handle better than a missing packet.
     """
     held = None
     try:
@@ -158,7 +161,7 @@ def packets(container: av.container.InputContainer, stream: av.VideoStream) -> I
                 if held is not None:
                     yield held
                 held = packet
-    # IndexError: PyAV at the very end of files in which FFmpeg found another stream on the way.
+    # PyAV raises IndexError at the end of files in which FFmpeg found another stream while reading.
     except (av.error.InvalidDataError, av.error.EOFError, IndexError):
         pass
     if held is not None and not held.is_corrupt:
@@ -184,12 +187,12 @@ def packet_info(packet: av.Packet, codec: str) -> PacketInfo:
 
 
 def content(packet: av.Packet) -> int:
-    """A hash of its size and beginning."""
+    """Return a hash of the packet's size and beginning."""
     return hash((packet.size, zlib.crc32(memoryview(packet)[:1024])))
 
 
 def times_are_usable(container: av.container.InputContainer, stream: av.VideoStream, infos: list[PacketInfo]) -> bool:
-    """Whether the packets' times are the file's own, and each packet makes one frame."""
+    """Return whether the packets' times are stored in the file, and each packet makes one frame."""
     delays = {p.pts - p.dts for p in infos if p.pts is not None and p.dts is not None}
     # AVI stores decoding order only; FFmpeg's times are a guess, wrong where frames are reordered.
     is_guess = container.format.name == "avi" and stream.codec_context.has_b_frames and len(delays) == 1

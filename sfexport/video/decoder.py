@@ -1,4 +1,4 @@
-"""A container and the decoder of its video stream: frames from the beginning or from a seek point."""
+"""Decode a container's video stream, from the beginning or from a seek point."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
@@ -17,12 +18,13 @@ from sfexport.video.containers import content, open_container, packet_info, pack
 from sfexport.video.timeline import PacketInfo, SeekPoint, Timeline, identity
 
 REPAIR_HINT = "Get a whole copy, or leave out what is damaged: ffmpeg -i INPUT OUTPUT.mp4"
-_INVALID_DATA = next(code for code, kind in av.error.classes.items() if kind is av.error.InvalidDataError)
+_ERRORS: dict[int, Any] = av.error.classes
+_INVALID_DATA = next(code for code, kind in _ERRORS.items() if kind is av.error.InvalidDataError)
 Decoded = tuple["int | None", av.VideoFrame]  # the ordinal of the packet that it is made of, and the frame
 
 
 class Lost(Exception):
-    """A jump does not lead where it should. Nothing is wrong with the file: start earlier."""
+    """A jump does not lead to the right frame. The file may be fine: start earlier."""
 
 
 class _FramesMissing(Exception):
@@ -30,13 +32,16 @@ class _FramesMissing(Exception):
 
 
 class Decoder:
-    """Every packet goes into the decoder stamped with its ordinal (see `Timeline`), so that a frame is known by the
-    packet that it is made of, whatever times the container gives after a jump.
+    """Decodes a video stream and knows of each frame from which packet it comes.
+
+    Every packet goes into the decoder with its ordinal (see `Timeline`) as its time, so that a frame is known by its
+    packet, whatever times the container gives after a jump.
 
     Attributes:
-        stream: the video stream; another object each time that the file is opened anew.
-        fed: the ordinal of the packet that went into the decoder last; it runs ahead of the frames that come out.
-        frames_decoded: frames that came out so far.
+        container: the open file.
+        stream: the video stream; another object each time the file is opened anew.
+        fed: ordinal of the packet that went into the decoder last; it is ahead of the frames that come out.
+        frames_decoded: number of frames that came out so far.
         first_payload: the first packet's bytes.
     """
 
@@ -52,8 +57,8 @@ class Decoder:
         self.container.close()
 
     def list_packets(self) -> list[PacketInfo]:
-        """The packets of the main video stream; of the next best where it is empty."""
-        # Numbers, as a stream must not be asked for anything once its container is closed.
+        """List the packets of the main video stream, or of the next best one if it is empty."""
+        # Indices, because a stream must not be used once its container is closed.
         for index in [stream.index for stream in video_streams(self.container, self._path)]:
             if index != self.stream.index:
                 self._stream_index = index
@@ -66,26 +71,27 @@ class Decoder:
         raise VideoError(f"'{self._path}' has a video stream without any frames.", "Record or convert it again.")
 
     def keep_to_one_thread(self) -> None:
-        """From the next pass from the beginning on."""
+        """Decode with one thread, starting with the next pass from the beginning."""
         self._has_threads = False
 
     def rewind(self) -> None:
-        """Opening anew goes back to the beginning in every container, with or without times."""
+        """Go back to the beginning by opening the file anew, which works with and without times."""
         self.container.close()
         self._open()
 
     def from_start(self) -> Iterator[Decoded]:
-        """All frames. A recording cut out of a broadcast begins with packets that refer to nothing: left out.
+        """Yield all frames.
 
-        Where packets at the beginning cannot be decoded, frames begin with the next one that refers to none before it.
+        A recording cut out of a broadcast begins with packets that refer to missing ones: those are left out. If
+        packets at the beginning cannot be decoded, the frames begin with the next one that refers to none before it.
 
         Raises:
-            VideoError: when damage is reached.
+            VideoError: damage is reached.
         """
         return self._same_on_all_machines(self._each_frame)
 
     def from_seek_point(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
-        """The frames from this point's on, those before it in presentation order included as far as they come.
+        """Yield the frames from a seek point on, with those before it in presentation order that the decoder gives.
 
         Raises:
             Lost: the container does not lead there, or a packet cannot be decoded from there.
@@ -96,10 +102,10 @@ class Decoder:
             raise Lost from error
 
     def _same_on_all_machines(self, decode: Callable[[], Iterator[Decoded]]) -> Iterator[Decoded]:
-        """What `decode` gives. Damage is met again with one thread, which is kept to from then on.
+        """Yield the frames of `decode`; on damage, decode again with one thread, and keep to it.
 
-        How far several threads have come when damage shows, which whole frames are lost with it and whether it shows at
-        all depends on how many cores the machine has.
+        With several threads, the number of the machine's cores decides when damage shows, whether it shows at all, and
+        which whole frames are lost with it.
         """
         given = 0
         if self._has_threads:
@@ -114,7 +120,7 @@ class Decoder:
         yield from islice(decode(), given, None)
 
     def _each_frame(self) -> Iterator[Decoded]:
-        """Raises VideoError when damage is reached; with several threads whatever shows first of any damage."""
+        """Yield all frames. Raises VideoError at damage; with several threads, the first error that shows."""
         self.rewind()
         has_begun, failed, highest = False, -1, -1
         numbered = enumerate(packets(self.container, self.stream))
@@ -133,17 +139,17 @@ class Decoder:
                 continue
             highest = self._check_last(highest, packet, frames)
             for frame in frames:
-                if frame.is_corrupt:  # what it refers to is missing
+                if frame.is_corrupt:  # a frame that it refers to is missing
                     if has_begun:
                         raise self._damaged(time)
                     continue
-                if not has_begun and failed >= 0 and not (frame.pts > failed and stands_alone(frame)):
+                if not has_begun and failed >= 0 and not (_ordinal(frame) > failed and stands_alone(frame)):
                     continue
                 has_begun = True
                 yield frame.pts, frame
 
     def _each_frame_from(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
-        """Raises Lost, or av.error.FFmpegError where a packet cannot be decoded."""
+        """Yield the frames from a seek point on. Raises Lost, or av.error.FFmpegError for a damaged packet."""
         highest = point.ordinal - 1
         for ordinal, packet in chain(self._landed(point, timeline), ((None, None),)):
             frames = self._decode(ordinal, packet)
@@ -152,11 +158,11 @@ class Decoder:
                 yield frame.pts, frame
 
     def _check_last(self, highest: int, packet: av.Packet | None, frames: list[av.VideoFrame]) -> int:
-        """The highest ordinal of a frame so far.
+        """Return the highest ordinal of a frame so far.
 
         Raises:
-            _FramesMissing: not every packet behind number `highest` has given one of the last frames. An error in what
-                several threads hold at the end goes unsaid, and all behind it is missing.
+            _FramesMissing: not every packet after number `highest` has given one of the last frames. With several
+                threads, errors at the end are not reported, and the frames after them are missing.
         """
         ordinals = {frame.pts for frame in frames}
         is_end_of_threads = packet is None and self._has_threads and self.stream.codec_context.thread_count != 1
@@ -165,11 +171,11 @@ class Decoder:
         return max([highest, *(ordinal for ordinal in ordinals if ordinal is not None)])
 
     def _decode(self, ordinal: int | None, packet: av.Packet | None) -> list[av.VideoFrame]:
-        """`packet` None makes the decoder give what it holds back."""
-        if packet is not None:
+        """Decode a packet; None makes the decoder give the frames that it holds back."""
+        if packet is not None and ordinal is not None:
             packet.pts, packet.dts, self.fed = ordinal, None, ordinal
         name = self.stream.codec_context.name
-        # At the end, AV1's decoder passes over an error in what it held back.
+        # At the end, AV1's decoder does not report an error in the frames that it held back.
         is_silent = name == "ffv1" or (packet is None and name == "libdav1d")
         with _damage_raised() if is_silent else contextlib.nullcontext():
             frames = self.stream.decode(packet)
@@ -177,9 +183,8 @@ class Decoder:
         return frames
 
     def _landed(self, point: SeekPoint, timeline: Timeline) -> Iterator[tuple[int, av.Packet]]:
-        """(ordinal, packet) from the seek point on, each recognised by its content."""
-        # Some containers look for presentation times and some for decoding times, and land behind the point if asked
-        # for the other.
+        """Yield (ordinal, packet) from the seek point on, each recognised by its content."""
+        # Some containers seek presentation times and some decoding times, and land after the point if given the other.
         for time in sorted({point.pts, point.dts}, reverse=True):
             self.container.seek(time, stream=self.stream, backward=True)
             following = packets(self.container, self.stream)
@@ -195,7 +200,7 @@ class Decoder:
             yield ordinal, packet
 
     def _find(self, point: SeekPoint, timeline: Timeline, following: Iterator[av.Packet]) -> av.Packet | None:
-        """The seek point's packet; None if a later one comes before it."""
+        """Return the seek point's packet; None if a later one comes before it."""
         ordinals = self._ordinals_of_seek_points(timeline)
         for packet in following:
             landed = ordinals.get(_identity(packet, timeline), -1)
@@ -234,9 +239,9 @@ class Decoder:
 
 @contextlib.contextmanager
 def _damage_raised() -> Iterator[None]:
-    """Raise InvalidDataError where a decoder logs an error and goes on.
+    """Raise InvalidDataError if a decoder logs an error and continues.
 
-    FFV1's says of a wrong checksum in its log only, and fills the slice with what lies in memory.
+    FFV1's reports a wrong checksum in its log only, and leaves the slice's pixels undefined.
     """
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
@@ -251,8 +256,13 @@ def _damage_raised() -> Iterator[None]:
         raise av.error.InvalidDataError(_INVALID_DATA, lines[0][2].strip())
 
 
+def _ordinal(frame: av.VideoFrame) -> int:
+    """Return the ordinal of the packet that a frame is made of; -1 if it is unknown."""
+    return -1 if frame.pts is None else frame.pts
+
+
 def stands_alone(frame: av.VideoFrame) -> bool:
-    """Whether it refers to no other. Decoders that do not tell types apart mark their key frames at least."""
+    """Return whether a frame refers to no other; decoders without frame types mark their key frames."""
     kind = int(frame.pict_type)
     return kind == int(av.video.frame.PictureType.I) or (not kind and frame.key_frame)
 

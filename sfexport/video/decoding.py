@@ -1,7 +1,4 @@
-"""Opening a clip, a picture or a folder of pictures and getting chosen frames out of it.
-
-PyAV is imported by containers, decoder, clip and rgb alone.
-"""
+"""Open a clip, a picture or a folder of pictures, and get chosen frames of it."""
 
 from __future__ import annotations
 
@@ -20,10 +17,12 @@ from sfexport.video.pictures import open_picture
 
 
 class FrameSource(Protocol):
-    """What `Video` reads from: a clip, a picture, an animated picture, a folder, frames in memory."""
+    """A source of frames for `Video`: a clip, a picture, an animated picture, a folder, frames in memory."""
 
     info: VideoInfo
-    frames_decoded: int
+
+    @property
+    def frames_decoded(self) -> int: ...
 
     def frame(self, index: int) -> np.ndarray: ...
 
@@ -31,13 +30,13 @@ class FrameSource(Protocol):
 
 
 class Video:
-    """A clip, or a still picture as a clip of one frame. Open it with `Video.open`, in a `with` statement.
+    """A clip, or a still picture as a clip of one frame; open it with `Video.open`, in a `with` statement.
 
-    Not for use by several threads at a time.
+    Only one thread at a time may use it.
     """
 
     def __init__(self, source: FrameSource, spooled: Path | None = None) -> None:
-        """Args: `spooled`: a temporary file that is deleted on closing."""
+        """Wrap a source; `spooled` is a temporary file that `close` deletes."""
         self._source, self._spooled = source, spooled
 
     @classmethod
@@ -51,7 +50,7 @@ class Video:
 
         Raises:
             VideoError: there is no such file, it holds no video, or the video cannot be decoded.
-            InputError: a rate for what has one of its own.
+            InputError: `fps` is given for a file, which has its own rate.
         """
         if os.fsdecode(video) == STANDARD_INPUT:
             spooled = spool_standard_input()
@@ -71,19 +70,19 @@ class Video:
 
     @property
     def frames_decoded(self) -> int:
-        """Frames that the decoder has given so far, those that nobody asked for included."""
+        """Number of frames decoded so far, including those that nobody asked for."""
         return self._source.frames_decoded
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield the frames of these indices: uint8 RGB [height, width, 3], upright, contiguous.
 
         An index is a position in presentation order, 0..frame_count-1. Non-decreasing indices are decoded in one
-        pass, with jumps over what nobody wants; smaller ones after larger ones work and cost a jump back. A
+        pass, with jumps over frames that are not needed; a smaller index after a larger one costs a jump back. A
         repeated index yields the same array again: copy it before changing it.
 
         Raises:
-            VideoError: an index is out of range (at once), or the clip is damaged, or lists a frame that its
-                decoder does not give (when that is reached).
+            VideoError: an index is out of range (raised at once), or the clip is damaged or lists a frame that its
+                decoder does not give (raised when that frame is reached).
         """
         count = self.info.frame_count
         for index in indices:
@@ -92,7 +91,7 @@ class Video:
         return (self._source.frame(int(index)) for index in indices)
 
     def close(self) -> None:
-        """Let go of the file; frames cannot be asked for any more."""
+        """Close the file; no frame can be read after that."""
         self._source.close()
         if self._spooled is not None:
             self._spooled.unlink(missing_ok=True)

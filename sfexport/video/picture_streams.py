@@ -1,4 +1,4 @@
-"""Reads picture files byte by byte where Pillow does not look: what follows the first image, tiles, durations."""
+"""Read parts of picture files that Pillow does not: further images after the first, tiles, durations."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from PIL import Image
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 PNG_START = b"\x89PNG\r\n\x1a\n"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"mif2", b"miaf")
-STREAM_SUFFIXES = (".mjpeg", ".mjpg")  # never of one picture: what follows the first may be damaged
+STREAM_SUFFIXES = (".mjpeg", ".mjpg")  # always a clip, even if the data after the first image is damaged
 PADDING = 1 << 16  # bytes that may lie between two images
 HEAD = 1 << 20  # bytes in which a HEIF file lists its items
 
 
 def format_of_stream(path: Path, image: Image.Image) -> str | None:
-    """FFmpeg's name of the format where more images of the same size follow the first one, as cameras dump them.
+    """Return FFmpeg's name of the format if more images of the same size follow the first one, as some cameras write.
 
-    Smaller copies behind a picture (previews) and films (motion photos) leave it a picture: None.
+    A picture followed by smaller copies (previews) or a film (motion photos) is still a picture: None.
     """
-    reader = READERS.get(image.format)
-    if reader is None:
+    reader = READERS.get(image.format or "")
+    if reader is None or image.format is None:
         return None
     end_of, start, name = reader
     by_name = name if path.suffix.lower() in STREAM_SUFFIXES else None
@@ -75,6 +75,7 @@ def _jpeg_end(data: mmap.mmap, image: Image.Image) -> int | None:
 
 def _png_end(data: mmap.mmap, image: Image.Image) -> int | None:
     at = len(PNG_START)
+    size: int
     while at + 12 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
         at += 12 + size
@@ -84,16 +85,17 @@ def _png_end(data: mmap.mmap, image: Image.Image) -> int | None:
 
 
 def _bmp_end(data: mmap.mmap, image: Image.Image) -> int | None:
-    return struct.unpack_from("<I", data, 2)[0] or None
+    size: int = struct.unpack_from("<I", data, 2)[0]
+    return size or None
 
 
 def _webp_end(data: mmap.mmap, image: Image.Image) -> int | None:
-    size = struct.unpack_from("<I", data, 4)[0]
+    size: int = struct.unpack_from("<I", data, 4)[0]
     return 8 + size + size % 2
 
 
 def _pnm_end(data: mmap.mmap, image: Image.Image) -> int | None:
-    """Of the binary kinds P4, P5 and P6."""
+    """Return where the first image of a binary kind (P4, P5 or P6) ends."""
     header = re.match(rb"P([456])(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)", data)
     if header is None:
         return None
@@ -106,8 +108,8 @@ def _pnm_end(data: mmap.mmap, image: Image.Image) -> int | None:
     return depth.end() + width * height * (3 if kind == 6 else 1) * (2 if int(depth.group(1)) > 255 else 1)
 
 
-# Format of Pillow's -> where the first image ends, how another begins, FFmpeg's name of a stream of them.
-READERS: dict[str | None, tuple[Callable[[mmap.mmap, Image.Image], int | None], bytes, str]] = {
+# Pillow's format -> where the first image ends, how another begins, FFmpeg's name of a stream of them.
+READERS: dict[str, tuple[Callable[[mmap.mmap, Image.Image], int | None], bytes, str]] = {
     "JPEG": (_jpeg_end, b"\xff\xd8\xff", "mjpeg"),
     "PNG": (_png_end, PNG_START, "png_pipe"),
     "BMP": (_bmp_end, b"BM", "bmp_pipe"),
@@ -117,14 +119,14 @@ READERS: dict[str | None, tuple[Callable[[mmap.mmap, Image.Image], int | None], 
 
 
 def heif_is_tiled(path: Path) -> bool:
-    """Whether it is a HEIF or AVIF picture made of several coded ones, which FFmpeg gives one by one."""
+    """Return whether the file is a HEIF or AVIF picture of several tiles, which FFmpeg decodes one by one."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and bool(re.search(rb"infe.{8}(grid|iovl)", head, re.S))
 
 
 def webp_seconds(path: Path) -> float:
-    """How long an animated WebP shows its frames, all together."""
+    """Return the duration of an animated WebP, all frames together."""
     milliseconds, at = 0, 12
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while at + 8 <= len(data):

@@ -1,4 +1,4 @@
-"""Pictures: what a picture file holds, its pixels as 8-bit RGB, and turning frames upright."""
+"""Open picture files, convert their pixels to 8-bit RGB, and turn frames upright."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sfexport.errors import VideoError
 from sfexport.video.files import VideoInfo
 from sfexport.video.picture_streams import format_of_stream, heif_is_tiled, webp_seconds
 
-# Formats whose first bytes tell them, for Pillow. What it cannot open here (AVIF before 11.3) FFmpeg is asked for.
+# Formats that Pillow knows by their first bytes. FFmpeg opens those that this Pillow cannot (AVIF before 11.3).
 STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "AVIF")
-TGA_SUFFIXES = (".tga", ".vda", ".icb", ".vst")  # nothing but its name tells this one
-# FFmpeg's formats for those that it decodes, when they are animated.
+TGA_SUFFIXES = (".tga", ".vda", ".icb", ".vst")  # TGA is known by its name alone
+# Animated formats that FFmpeg decodes, and its names of them (None: FFmpeg finds out).
 ANIMATED_FORMATS = {"GIF": "gif", "PNG": "apng", "AVIF": None}
-# What Pillow raises for damaged pictures, its plugins' slips included.
+# Exceptions that Pillow raises for damaged pictures, including those that its plugins do not intend.
 DAMAGE = (OSError, ValueError, SyntaxError, struct.error, EOFError, LookupError, TypeError, OverflowError)
-MAX_PIXELS = 178_956_970  # where Pillow sees an attack
+MAX_PIXELS = 178_956_970  # above it Pillow raises DecompressionBombError
 SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")  # formats whose 16-bit greys Pillow has opened in mode I
 EXIF_ORIENTATION = 0x0112
-REDUCED_PAGE, PAGE_KIND, WHITE_IS_ZERO, PHOTOMETRIC, SAMPLE_BITS = 1, 254, 0, 262, 258  # of TIFF
+REDUCED_PAGE, PAGE_KIND, WHITE_IS_ZERO, PHOTOMETRIC, SAMPLE_BITS = 1, 254, 0, 262, 258  # TIFF's tags and values
 
 
 class Still:
@@ -50,10 +52,11 @@ class AnimatedPicture:
     """An animated WebP, which FFmpeg's releases do not all decode, as a clip."""
 
     def __init__(self, path: Path, shown: Path) -> None:
-        """Raises VideoError: the animation is damaged."""
+        """Open the animation and decode its first frame. Raises VideoError if it is damaged."""
         self.frames_decoded, self._shown = 0, shown
         self._at, self._pixels = -1, np.empty(0)
-        self._image = Image.open(path)
+        opened: Any = Image.open(path)  # WebP's class, which has n_frames
+        self._image = opened
         try:
             count, seconds = self._image.n_frames, webp_seconds(path)
             height, width = self.frame(0).shape[:2]
@@ -77,15 +80,15 @@ class AnimatedPicture:
 
 
 def open_picture(path: Path, shown: Path | None = None) -> Still | AnimatedPicture | str | None:
-    """The picture or animation in a file, by its content.
+    """Open the picture or animation in a file, by its content.
 
     A picture is one image without a duration, in whatever format; several of one size in a row are a clip.
 
     Args:
-        shown: what messages name instead of `path`.
+        shown: path for messages instead of `path`.
 
     Returns:
-        The open picture; or FFmpeg's name of the format of a clip; or None where FFmpeg should find out what it is.
+        The open picture; or FFmpeg's name of the format of a clip; or None if FFmpeg should find out the format.
 
     Raises:
         VideoError: it is a picture, but a damaged, ambiguous or unreasonably large one.
@@ -104,7 +107,7 @@ def open_picture(path: Path, shown: Path | None = None) -> Still | AnimatedPictu
         if image.format in ANIMATED_FORMATS or image.format in ("WEBP", "TIFF"):
             with _damage_explained(shown):
                 is_animated = getattr(image, "is_animated", False)
-            if is_animated and image.format == "TIFF":
+            if is_animated and isinstance(image, TiffImageFile):
                 _refuse_pages(image, shown)
             elif is_animated:
                 if image.format in ANIMATED_FORMATS:
@@ -118,10 +121,10 @@ def open_picture(path: Path, shown: Path | None = None) -> Still | AnimatedPictu
 
 
 def identify(path: Path, shown: Path) -> Image.Image | None:
-    """The image that Pillow sees in a file, not yet decoded; None: it is not one for Pillow.
+    """Open the image in a file without decoding it; None if Pillow cannot open it.
 
     Raises:
-        VideoError: it has too many pixels.
+        VideoError: the image has too many pixels.
     """
     Image.init()
     formats = [name for name in STILL_FORMATS if name in Image.OPEN]
@@ -129,7 +132,7 @@ def identify(path: Path, shown: Path) -> Image.Image | None:
         formats.append("TGA")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about sizes and odd metadata; the size is looked at below
+            warnings.simplefilter("ignore")  # Pillow's, about sizes and odd metadata; the size is checked below
             image = Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         raise VideoError(f"'{shown}' is too large a picture to open: {error}", "Scale it down first.") from error
@@ -142,10 +145,13 @@ def identify(path: Path, shown: Path) -> Image.Image | None:
 
 
 def rgb_pixels(image: Image.Image, name: str) -> np.ndarray:
-    """uint8 RGB [H, W, 3], upright by the EXIF tag; transparency is dropped. 16 bits keep their upper 8.
+    """Convert an image to uint8 RGB [H, W, 3], upright by its EXIF tag, without transparency; 16 bits keep the upper 8.
+
+    Args:
+        name: name of the image in messages.
 
     Raises:
-        VideoError: values without a defined range, or colours that Pillow cannot convert; names `name`.
+        VideoError: the values have no defined range, or Pillow cannot convert the colours.
     """
     kind, shift, is_negative = image.format, _grey_shift(image), _is_negative(image)
     upright = ImageOps.exif_transpose(image)
@@ -165,7 +171,7 @@ def rgb_pixels(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _grey_shift(image: Image.Image) -> int | None:
-    """By how many bits greys of more than 8 bits are too large; None for other modes, and where that is unknown."""
+    """Return how many bits beyond 8 the greys have; None for other modes, and if it is unknown."""
     if image.mode.startswith("I;16"):
         bits = _tiff_tag(image, SAMPLE_BITS, 16)
         return max(bits[0] if isinstance(bits, tuple) else bits, 8) - 8
@@ -173,16 +179,19 @@ def _grey_shift(image: Image.Image) -> int | None:
 
 
 def _is_negative(image: Image.Image) -> bool:
-    """TIFF with 16 bits where 0 is white: Pillow turns round 8 bits only."""
+    """Return whether 0 is white in a TIFF of 16 bits, which Pillow inverts for 8 bits only."""
     return image.mode.startswith("I;16") and _tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO
 
 
 def _tiff_tag(image: Image.Image, tag: int, default: int) -> int | tuple[int, ...]:
-    return image.tag_v2.get(tag, default) if image.format == "TIFF" else default
+    if not isinstance(image, TiffImageFile):
+        return default
+    value: int | tuple[int, ...] = image.tag_v2.get(tag, default)
+    return value
 
 
-def _refuse_pages(image: Image.Image, shown: Path) -> None:
-    """Raises VideoError for a TIFF of several pages; smaller copies of its first page are none."""
+def _refuse_pages(image: TiffImageFile, shown: Path) -> None:
+    """Raise VideoError for a TIFF of several pages; smaller copies of its first page do not count."""
     with _damage_explained(shown):
         pages = 0
         for page in range(image.n_frames):
@@ -210,13 +219,13 @@ def _damage_explained(shown: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Orientation:
-    """What brings a stored frame upright: a transposition, then mirrorings, all without a change of pixels.
+    """How a stored frame is turned upright: by a transposition, then mirrorings, without interpolation.
 
     Attributes:
         transpose: rows become columns.
-        flip_x, flip_y: mirror left-right, top-bottom (after the transposition).
-        degrees: the same as clockwise quarter turns, 0, 90, 180 or 270; a mirror image is counted as the turn
-            that its display matrix contains.
+        flip_x: mirror left-right, after the transposition.
+        flip_y: mirror top-bottom, after the transposition.
+        degrees: the clockwise turn, 0, 90, 180 or 270; for a mirror image the turn that its display matrix contains.
     """
 
     transpose: bool = False
@@ -226,7 +235,7 @@ class Orientation:
 
     @classmethod
     def from_display_matrix(cls, data: bytes) -> Orientation:
-        """FFmpeg's display matrix: 9 native int32, row by row; x' = a x + c y, y' = b x + d y, y downwards.
+        """Read FFmpeg's display matrix: 9 native int32, row by row; x' = a x + c y, y' = b x + d y, y downwards.
 
         Angles between quarter turns are rounded to the nearest one.
         """
@@ -242,21 +251,21 @@ class Orientation:
 
     @classmethod
     def from_exif(cls, tag: int) -> Orientation:
-        """EXIF's tag 0x0112, 1..8; others mean nothing."""
+        """Return the orientation of EXIF's tag 0x0112, 1..8; upright for other values."""
         return EXIF_ORIENTATIONS.get(tag, cls())
 
     @classmethod
     def from_turn(cls, degrees: float) -> Orientation:
-        """Clockwise, rounded to quarter turns."""
+        """Return the orientation of a clockwise turn, rounded to quarter turns."""
         quarter = round(degrees / 90) % 4
         return (cls(), EXIF_ORIENTATIONS[6], EXIF_ORIENTATIONS[3], EXIF_ORIENTATIONS[8])[quarter]
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height once upright."""
+        """Return the width and height of the upright frame."""
         return (height, width) if self.transpose else (width, height)
 
     def upright(self, frame: np.ndarray) -> np.ndarray:
-        """[H, W, 3] as stored -> [H', W', 3] upright, contiguous."""
+        """Turn a stored frame upright: [H, W, 3] -> [H', W', 3], contiguous."""
         if self.transpose:
             frame = frame.transpose(1, 0, 2)
         if self.flip_x:

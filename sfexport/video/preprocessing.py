@@ -1,4 +1,4 @@
-"""From RGB frames to the tower's pixels, bit for bit what transformers' CLIPImageProcessor gives."""
+"""Turn RGB frames into the tower's pixels, bit for bit as transformers' CLIPImageProcessor does."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _check_frame(frame: np.ndarray) -> None:
 
 
 def _normalised_values(image: ImageProcessorConfig) -> np.ndarray:
-    """float32 [3, 256]: what each byte becomes in each channel.
+    """Return a table, float32 [3, 256], of the normalised value of each byte in each channel.
 
-    The roundings are the image processor's: 1/255 in float64, stored as float32, then mean and deviation in
-    float32. A table keeps them and spares a float64 copy of every frame.
+    It is rounded as in the image processor: 1/255 in float64, stored as float32, then mean and deviation in float32.
+    The table saves a float64 copy of every frame.
     """
     values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(v, np.float32)[:, None] for v in (image.mean, image.std))
@@ -54,17 +54,17 @@ def _normalised_values(image: ImageProcessorConfig) -> np.ndarray:
 
 
 def _shape(frame: np.ndarray, image: ImageProcessorConfig) -> np.ndarray:
-    """uint8 [crop, crop, 3]."""
+    """Resize and crop one frame to uint8 [crop, crop, 3]."""
     if not image.keep_aspect:
         return _resize(frame, image.crop, image.crop)
     height, width = frame.shape[:2]
     short = min(height, width)
     # The short side must come out as `size` itself; size * short / short is exact.
-    target = tuple(int(image.size * side / short) for side in (height, width))
+    target = int(image.size * height / short), int(image.size * width / short)
     if max(target) > WHOLE_STRIPS * max(image.size, image.crop):
-        # What the crop leaves away is not even computed.
-        shape = tuple(min(side, image.crop) for side in target)
-        offset = tuple((side - part) // 2 for side, part in zip(target, shape, strict=True))
+        # Only the part that the crop keeps is computed.
+        shape = min(target[0], image.crop), min(target[1], image.crop)
+        offset = (target[0] - shape[0]) // 2, (target[1] - shape[1]) // 2
         return _centre_crop(resized_window(frame, target, offset, shape), image.crop)
     return _centre_crop(_resize(frame, *target), image.crop)
 
@@ -76,7 +76,7 @@ def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _centre_crop(frame: np.ndarray, crop: int) -> np.ndarray:
-    """The middle crop x crop pixels; a side that is shorter is filled up with black, as the image processor does."""
+    """Return the middle crop x crop pixels; a shorter side is padded with black, as in the image processor."""
     height, width = frame.shape[:2]
     if height < crop or width < crop:
         frame = _pad(frame, max(height, crop), max(width, crop))
@@ -87,7 +87,7 @@ def _centre_crop(frame: np.ndarray, crop: int) -> np.ndarray:
 
 def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     padded = np.zeros((height, width, 3), np.uint8)
-    # Rounded up, unlike the crop's offset: where the image processor puts the odd row.
+    # Rounded up, unlike the crop's offset, as in the image processor.
     top, left = (-(-(a - b) // 2) for a, b in ((height, frame.shape[0]), (width, frame.shape[1])))
     padded[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
     return padded

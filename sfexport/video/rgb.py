@@ -1,10 +1,11 @@
-"""Decoded frames to RGB pixels as the ffmpeg program converts them, and how they are stored."""
+"""Convert decoded frames to RGB pixels as the ffmpeg program does, and find out how they are turned."""
 
 from __future__ import annotations
 
 import io
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,9 +16,9 @@ from sfexport.video.pictures import Orientation
 
 
 class RgbConverter:
-    """Converts through FFmpeg's own filter graph, whose rounding, chroma placement and colour matrix ffmpeg has.
+    """Converts frames through FFmpeg's filter graph, with the ffmpeg program's rounding, chroma and colour matrix.
 
-    `VideoFrame.to_ndarray` differs from it where the chroma is interpolated (10 bits, 4:1:0).
+    `VideoFrame.to_ndarray` differs from it if the chroma is interpolated (10 bits, 4:1:0).
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,10 +26,10 @@ class RgbConverter:
         self._layout: tuple[object, ...] = ()
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 RGB [height, width, 3], as stored (not turned upright).
+        """Convert a frame to uint8 RGB [height, width, 3], as stored (not turned upright).
 
         Raises:
-            VideoError: its values are floating-point numbers, whose range is not defined.
+            VideoError: the frame's values are floating-point numbers, whose range is not defined.
         """
         name = frame.format.name
         if "f32" in name or "f16" in name:
@@ -41,11 +42,13 @@ class RgbConverter:
             self._build(frame)
             self._layout = layout
         self._input.push(frame)
-        return self._output.pull().to_ndarray()
+        pulled: Any = self._output.pull()
+        pixels: np.ndarray = pulled.to_ndarray()
+        return pixels
 
     def _build(self, frame: av.VideoFrame) -> None:
-        graph = av.filter.Graph()
-        any_base = Fraction(1, 1000)  # times do not matter here
+        graph: Any = av.filter.Graph()  # PyAV's annotations lack that a format may be given by its name
+        any_base = Fraction(1, 1000)  # the filters do not use times
         self._input = graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format.name, time_base=any_base
         )
@@ -57,12 +60,13 @@ class RgbConverter:
 
 
 def stored_orientation(frame: av.VideoFrame, payload: bytes) -> Orientation:
-    """How a frame is turned by its display matrix, or by the EXIF tag in its packet's `payload`, as ffmpeg does."""
+    """Return how a frame's display matrix, or the EXIF tag in its packet's `payload`, turns it, as ffmpeg does."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        side_data: Any = frame.side_data
+        matrix = side_data.get("DISPLAYMATRIX")
         return Orientation.from_display_matrix(bytes(matrix) if matrix else b"")
     except ValueError:
-        # Side data that is newer than PyAV, as EXIF is: none of it can be read then.
+        # PyAV cannot read any side data if it does not know one kind, such as EXIF.
         pass
     try:
         with Image.open(io.BytesIO(payload), formats=("JPEG", "PNG", "WEBP", "TIFF")) as image:

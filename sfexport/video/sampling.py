@@ -1,4 +1,4 @@
-"""Which frames of a clip the model sees. Pure arithmetic: imports numpy and sfexport.errors only."""
+"""Choose the frames of a clip that the model sees. Pure arithmetic: imports numpy and sfexport.errors only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SAMPLING_RULES = ("linspace", "eval")
 
 
 def sample_indices(rule: str, total: int, fps: float, count: int) -> list[int]:
-    """Frame indices by the rule of that name, in non-decreasing order, each in 0..total-1.
+    """Return frame indices by the named rule, in non-decreasing order, each in 0..total-1.
 
     Args:
         rule: one of SAMPLING_RULES.
-        total: frames in the clip.
-        fps: the clip's frames per second (only "eval" looks at it).
-        count: frames wanted.
+        total: number of frames in the clip.
+        fps: the clip's frames per second (only "eval" uses it).
+        count: number of frames to choose.
 
     Raises:
-        InputError: no such rule, or a number that has no meaning.
+        InputError: the rule is unknown, or a number has no meaning.
     """
     if rule == "linspace":
         return linspace_indices(total, count)
@@ -31,7 +31,7 @@ def sample_indices(rule: str, total: int, fps: float, count: int) -> list[int]:
 
 
 def linspace_indices(total: int, count: int) -> list[int]:
-    """Exactly `count` indices spread over the whole clip; a clip of fewer frames has some of them repeated.
+    """Return exactly `count` indices spread over the whole clip; a shorter clip has some of them repeated.
 
     This is the rule of the reference's demo.
 
@@ -39,14 +39,15 @@ def linspace_indices(total: int, count: int) -> list[int]:
         InputError: `total` or `count` is below 1.
     """
     _check_counts(total, count)
-    return np.linspace(0, total - 1, count, dtype=int).tolist()
+    indices: list[int] = np.linspace(0, total - 1, count, dtype=int).tolist()
+    return indices
 
 
 def eval_indices(total: int, fps: float, count: int, target_fps: float = 2.0) -> list[int]:
-    """At most `count` indices out of every n-th frame, n being what brings the clip to `target_fps`.
+    """Return at most `count` indices out of every n-th frame, with n such that these are `target_fps` per second.
 
-    This is the rule of the reference's evaluation (and, with 4 frames per second, of its training). A short
-    clip gives fewer than `count` frames, none of them twice.
+    This is the rule of the reference's evaluation (and, with 4 frames per second, of its training). A short clip gives
+    fewer than `count` frames, none of them twice.
 
     Raises:
         InputError: `total` or `count` is below 1, or a rate is not a positive finite number.
