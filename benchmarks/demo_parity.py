@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shapes_accuracy import check_seed, clips, load
 
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import DecodeMode
 from sfexport.demo.shipped import SHIPPED
 
 
@@ -33,13 +33,13 @@ def main() -> None:
             sessions = [pipeline.encode(path) for pipeline in pipelines]
             for question in questions[: options.questions - asked]:
                 asked += 1
-                for mode in DECODE_MODES:
+                for mode in DecodeMode:
                     ours, theirs = (session.ask(question.text, greedy, mode) for session in sessions)
                     if ours.ids != theirs.ids:
                         different.append((question.text, mode, ours.answer, theirs.answer))
             if asked == options.questions:
                 break
-    print(f"{asked} questions, {len(DECODE_MODES)} modes: {len(different)} answers differ")
+    print(f"{asked} questions, {len(DecodeMode)} modes: {len(different)} answers differ")
     for line in different:
         print(line)
     sys.exit(bool(different))

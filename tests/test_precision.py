@@ -19,7 +19,7 @@ from rounding import RoundedGolden, RoundedGraph
 
 from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import DecodeMode
 from sfexport.checkpoint.vision_tower import Tower, VitTower
 from sfexport.comparing.compare import Tolerance
 from sfexport.comparing.run import run_parity
@@ -292,7 +292,7 @@ def test_float16_engines_give_the_same_answers(shipped: dict[str, Pipeline], tmp
         write_frames(clip, video_frames(4243, index), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
         sessions = [pipeline.encode(clip) for pipeline in shipped.values()]
         for question in make_scene(4243, index).questions():
-            for mode in DECODE_MODES:
+            for mode in DecodeMode:
                 options = shipped["fp32"].generation_options().greedy()
                 wide, half = (session.ask(question.text, options, mode).ids for session in sessions)
                 assert wide == half, (index, question.text, mode)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from sfexport.checkpoint.config_fields import HINT, ConfigFields, wrong
-from sfexport.errors import CheckpointError
+from sfexport.errors import CheckpointError, InputError
 from sfexport.fields import shown
 
 MODEL_TYPE = "llava_qwen_slow_fast"
@@ -22,7 +23,40 @@ GATING_TYPES = (
     "whole-dynamic-warmup",
     "whole-dynamic-tanh-warmup",
 )
-DECODE_MODES = ("released", "trained")
+
+
+class DecodeMode(str, Enum):
+    """Decode modes: with TRAINED, as in training, answer tokens attend to the slow tokens.
+
+    With RELEASED, as in the released code, those after the first do not.
+    """
+
+    RELEASED = "released"
+    TRAINED = "trained"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, mode: str) -> DecodeMode:
+        """Return the mode of that name. Raises InputError for an unknown one."""
+        try:
+            return cls(mode)
+        except ValueError:
+            raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(cls)}.") from None
+
+
+class Attending(str, Enum):
+    """Positions that query the slow tokens; TEXT_AFTER_VIDEO is masksystem in config.json."""
+
+    TEXT = "text"
+    TEXT_AFTER_VIDEO = "text-after-video"
+    ALL = "all"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 SRELU_PARAMETERS = ("t_right", "a_right", "t_left", "a_left")
 
@@ -115,30 +149,30 @@ class SlowFastConfig:
 
     Attributes:
         hybrid_layers: indices of the decoder layers with cross-attention; empty: a plain video MLLM.
-        attends: which positions query the slow tokens: 'text', 'text-after-video' (masksystem) or 'all'.
+        attends: positions that query the slow tokens.
         video_pooling_stride: k of the k x k average pooling of each frame's tokens (videos only).
     """
 
     hybrid_layers: tuple[int, ...]
-    attends: str
+    attends: Attending
     gate: GateConfig | None
     fast: FastPathConfig
     video_pooling_stride: int
-    decode_mode: str
+    decode_mode: DecodeMode
 
     @classmethod
     def from_fields(cls, fields: ConfigFields) -> SlowFastConfig:
         hybrid = _hybrid_layers(fields)
-        mode = "released" if fields.decode_mode is None else fields.decode_mode
-        if mode not in DECODE_MODES:
-            raise CheckpointError(f"config.json: decode_mode {shown(mode)} is not one of {', '.join(DECODE_MODES)}.")
+        mode = DecodeMode.RELEASED if fields.decode_mode is None else fields.decode_mode
+        if mode not in tuple(DecodeMode):
+            raise CheckpointError(f"config.json: decode_mode {shown(mode)} is not one of {', '.join(DecodeMode)}.")
 
         def stride(name: str) -> int:
             return fields.needed(name) if hybrid else getattr(fields, name) or 1
 
         return cls(
             hybrid_layers=hybrid,
-            attends=_attends(fields.needed("cross_attn_implementation")) if hybrid else "text",
+            attends=_attends(fields.needed("cross_attn_implementation")) if hybrid else Attending.TEXT,
             gate=GateConfig.from_fields(fields) if hybrid else None,
             fast=FastPathConfig(
                 sampling_stride=stride("fast_token_temporal_sampling_stride"),
@@ -147,7 +181,7 @@ class SlowFastConfig:
                 min_frames=fields.min_fast_frames or 1,
             ),
             video_pooling_stride=fields.needed("mm_video_pooling_stride"),
-            decode_mode=mode,
+            decode_mode=DecodeMode(mode),
         )
 
 
@@ -160,11 +194,11 @@ def _hybrid_layers(fields: ConfigFields) -> tuple[int, ...]:
     return tuple(range(fields.cross_attn_min_layer_depth or 0, stop, fields.cross_attn_every_n_layers))
 
 
-def _attends(implementation: str) -> str:
+def _attends(implementation: str) -> Attending:
     if implementation.startswith("vanilla"):
-        return "all"
+        return Attending.ALL
     if implementation.startswith("text-only-vanilla"):
-        return "text-after-video" if "masksystem" in implementation else "text"
+        return Attending.TEXT_AFTER_VIDEO if "masksystem" in implementation else Attending.TEXT
     raise CheckpointError(
         f"config.json: unknown cross_attn_implementation {shown(implementation)}.",
         "It must begin with 'text-only-vanilla' or 'vanilla' (with '-masksystem' or '-flashattn' as options).",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import DecodeMode
 from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
 from sfexport.comparing.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
@@ -137,12 +137,12 @@ def _run(
     prefill = backend.decode(DecoderStep(embeds[None], 0, attends, None, slow))
     outputs["decoder", "prefill logits"] = prefill[0]
     outputs |= _named("decoder", "layer {} {}", backend.to_numpy(prefill[1]))
-    for mode in DECODE_MODES:
+    for mode in DecodeMode:
         fed = tokens.setdefault(mode, [])
-        logits = _decode(pipeline, backend, prefill, slow if mode == "trained" else None, fed, source.steps)
+        logits = _decode(pipeline, backend, prefill, slow if mode == DecodeMode.TRAINED else None, fed, source.steps)
         outputs["decoder", f"{mode} decode logits"] = logits
     session = VideoSession(backend, pipeline.tokenizer, pipeline.embedding, fast, slow)
-    return outputs, {mode: _answer(pipeline, session, source, mode) for mode in DECODE_MODES}
+    return outputs, {mode: _answer(pipeline, session, source, mode) for mode in DecodeMode}
 
 
 def _named(graph: str, name: str, arrays: list[np.ndarray]) -> Outputs:

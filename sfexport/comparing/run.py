@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import Attending, DecodeMode
 from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
 from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
@@ -141,7 +141,7 @@ def run_parity(
     recorded = _Recorded(oracle)
     ours, theirs = _session(pipeline, engine, engine_slow), _session(pipeline, recorded, slow)
     answers = [
-        _answers(pipeline, ours, theirs, recorded, question, mode, max_new_tokens, tolerance) for mode in DECODE_MODES
+        _answers(pipeline, ours, theirs, recorded, question, mode, max_new_tokens, tolerance) for mode in DecodeMode
     ]
     return ParityReport(
         engine.name,
@@ -234,7 +234,7 @@ def _compare_decoder(
     prefill = [b.decode(DecoderStep(embeds[None], 0, attends, None, slow_of[b.name])) for b in sides]
     found = [compare("decoder", "prefill logits", prefill[0][0], prefill[1][0], tolerance)]
     found += _compare_layers(sides, [p[1] for p in prefill], tolerance)
-    for mode in DECODE_MODES:
+    for mode in DecodeMode:
         found.append(_compare_steps(pipeline, sides, prefill, slow_of, steps, mode, tolerance))
     return found
 
@@ -243,9 +243,11 @@ def prompt_inputs(pipeline: Pipeline, fast: np.ndarray, question: str) -> tuple[
     """Return the prompt's merged embeddings [L, H] and its attending positions, bool [L]."""
     ids, embed = pipeline.tokenizer.prompt(question), pipeline.embedding
     embeds = np.concatenate([embed(ids.before), fast, embed(ids.after)])
-    mode = pipeline.bundle.config.slow_fast.attends
+    attends = pipeline.bundle.config.slow_fast.attends
     before, visual, after = len(ids.before), len(fast), len(ids.after)
-    return embeds, np.repeat([mode != "text-after-video", mode == "all", True], [before, visual, after])
+    return embeds, np.repeat(
+        [attends != Attending.TEXT_AFTER_VIDEO, attends == Attending.ALL, True], [before, visual, after]
+    )
 
 
 def _compare_layers(sides: tuple[Backend, Backend], present: list[KeyValues], tolerance: Tolerance) -> list[Comparison]:
@@ -271,7 +273,7 @@ def _compare_steps(
     vocabulary = pipeline.tokenizer.vocabulary_size
     state = list(prefill)
     logits: list[list[np.ndarray]] = [[], []]
-    trained = mode == "trained"
+    trained = mode == DecodeMode.TRAINED
     for _ in range(steps):
         token = int(state[1][0][:vocabulary].argmax())
         embeds = pipeline.embedding([token])[None]

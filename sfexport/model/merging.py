@@ -1,4 +1,4 @@
-"""Text and fast tokens merged into one sequence per row."""
+"""Merge text and fast tokens into one sequence per row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfexport.checkpoint.config import Attending
 from sfexport.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,11 @@ class Merged:
     """A batch after merging; L is the longest row.
 
     Attributes:
-        inputs_embeds: [B, L, H]. token_types, position_ids, labels: int64 [B, L]. attention_mask: bool [B, L].
+        inputs_embeds: [B, L, H].
+        token_types: the reference's token types, int64 [B, L].
+        attention_mask: False for padding, bool [B, L].
+        position_ids: int64 [B, L].
+        labels: int64 [B, L].
     """
 
     inputs_embeds: Tensor
@@ -60,7 +65,7 @@ def merge(
         fast: per row [F, H], or None for a row without video; None where no row has one.
 
     Raises:
-        InputError: a row with several videos, or a video token without a video.
+        InputError: a row has several videos, or a video token without a video.
     """
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     labels = torch.full_like(input_ids, IGNORED_LABEL) if labels is None else labels
@@ -127,16 +132,16 @@ def _pad(rows: list[_Row], side: str) -> Merged:
     return out
 
 
-def attending_positions(token_types: Tensor, attends: str) -> Tensor:
-    """Which positions query the slow tokens, bool [B, L], for SlowFastConfig.attends.
+def attending_positions(token_types: Tensor, attends: Attending) -> Tensor:
+    """Return the positions that query the slow tokens, bool [B, L].
 
-    'text' takes prompt and answer text; 'text-after-video' leaves out what comes before the first visual
-    token; 'all' takes every position, padding included, as the reference does.
+    TEXT takes prompt and answer text; TEXT_AFTER_VIDEO leaves out text before the first visual token; ALL takes every
+    position, with padding, as the reference does.
     """
-    if attends == "all":
+    if attends == Attending.ALL:
         return torch.ones_like(token_types, dtype=torch.bool)
     text = token_types <= ANSWER_TEXT
-    if attends == "text-after-video":
+    if attends == Attending.TEXT_AFTER_VIDEO:
         visual = token_types == VISUAL
         text &= (visual.cumsum(-1) > 0) | ~visual.any(-1, keepdim=True)
     return text

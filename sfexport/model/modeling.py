@@ -22,7 +22,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sfexport.checkpoint.checkpoint import Checkpoint
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import DecodeMode
 from sfexport.errors import InputError
 from sfexport.model import caches
 from sfexport.model.configuration import LlavaQwenSlowFastConfig
@@ -218,9 +218,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         Raises:
             InputError: there is no prompt, the mode is unknown, or an argument does not work with videos.
         """
-        decode_mode = decode_mode or self.config.model_config.slow_fast.decode_mode
-        if decode_mode not in DECODE_MODES:
-            raise InputError(f"Unknown decode mode {decode_mode!r}; choose one of {', '.join(DECODE_MODES)}.")
+        mode = DecodeMode.parse(decode_mode) if decode_mode else self.config.model_config.slow_fast.decode_mode
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         if inputs is None:
@@ -239,7 +237,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         return super().generate(
             inputs_embeds=merged.inputs_embeds,
             attention_mask=merged.attention_mask.long(),
-            decode_mode=decode_mode,
+            decode_mode=mode,
             **kwargs,
         )
 
@@ -248,7 +246,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        decode_mode: str = "released",
+        decode_mode: str = DecodeMode.RELEASED,
         slow_key_values: Tensor | None = None,
         slow_attends: Tensor | None = None,
         slow_mask: Tensor | None = None,
@@ -278,7 +276,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
                 "This transformers version may hand over its cache in another way; use another version.",
             )
         embeds = self.model.embed_tokens(input_ids[:, max(0, past - prompt) :])
-        new_attends = torch.full(embeds.shape[:2], decode_mode == "trained", device=embeds.device)
+        new_attends = torch.full(embeds.shape[:2], decode_mode == DecodeMode.TRAINED, device=embeds.device)
         attends: Tensor | None = new_attends
         if not past:
             embeds = torch.cat([inputs_embeds, embeds], dim=1)
@@ -287,7 +285,7 @@ class LlavaQwenSlowFastForCausalLM(SlowFastPreTrainedModel, GenerationMixin):
         out: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
         if kwargs.get("output_attentions"):
             raise InputError("The model does not return attention weights.", "Leave output_attentions out.")
-        if slow_key_values is not None and (not past or decode_mode == "trained"):
+        if slow_key_values is not None and (not past or decode_mode == DecodeMode.TRAINED):
             out |= {"slow_key_values": slow_key_values, "slow_attends": attends, "slow_mask": slow_mask}
         return out | {"inputs_embeds": embeds, "attention_mask": attention_mask, caches.NAME: cache}
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfexport.checkpoint.config import TOWER_PREFIX, ModelConfig
+from sfexport.checkpoint.config import TOWER_PREFIX, Attending, ModelConfig
 from sfexport.checkpoint.fast_path import fast_token_count
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.exporting.rounding import block_for
@@ -175,8 +175,8 @@ def prefill_calls(config: ModelConfig, at: Lengths) -> dict[str, Call]:
     """'before' and 'fast', once per video, and 'question'. Only calls with positions that attend get slow tokens."""
     attends = config.slow_fast.attends
     return {
-        "before": Call(at.before, 0, 0 if attends == "text-after-video" else at.slow),
-        "fast": Call(at.fast, at.before, at.slow if attends == "all" else 0),
+        "before": Call(at.before, 0, 0 if attends == Attending.TEXT_AFTER_VIDEO else at.slow),
+        "fast": Call(at.fast, at.before, at.slow if attends == Attending.ALL else 0),
         "question": Call(at.question, at.before + at.fast, at.slow),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfexport.checkpoint.config import ModelConfig
+from sfexport.checkpoint.config import DecodeMode, ModelConfig
 from sfexport.checkpoint.vision_tower import Tower
 from sfexport.machines.targets import Target
 from sfexport.planning.flops import (
@@ -105,7 +105,7 @@ def estimate_speed(
         return None if rate is None else max(reading, call_flops(config, call) / (rate * share))
 
     before, fast, question = (call_seconds(call) for call in prefill_calls(config, at).values())
-    slow = at.slow if config.slow_fast.decode_mode == "trained" else 0
+    slow = at.slow if config.slow_fast.decode_mode == DecodeMode.TRAINED else 0
     step = call_bytes(config, weights, Call(1, at.prompt, slow), storage.width) / bandwidth
     return Speed(
         vision=None if rate is None else vision_flops(config, tower, image_size, at.frames) / (rate * attained.vision),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sfexport.checkpoint.config import DECODE_MODES, TextConfig
+from sfexport.checkpoint.config import Attending, DecodeMode, TextConfig
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
@@ -139,9 +139,9 @@ class VideoSession:
         """K/V of the text before the video and of the fast tokens: the same for every question."""
         before = self._tokenizer.prompt("?").before
         text = self._embedding(before)
-        _, past = self._step(text, None, attends=self._attends != "text-after-video")
+        _, past = self._step(text, None, attends=self._attends != Attending.TEXT_AFTER_VIDEO)
         # Visual positions do not attend in most models: the slow tokens are left out of that call altogether.
-        _, past = self._step(fast, past, attends=self._attends == "all")
+        _, past = self._step(fast, past, attends=self._attends == Attending.ALL)
         return past
 
     def _step(self, embeds: np.ndarray, past: KeyValues | None, attends: bool) -> tuple[np.ndarray, KeyValues]:
@@ -173,7 +173,7 @@ class VideoSession:
 
         Args:
             options: how to generate; default the checkpoint's. The keywords below override its values.
-            mode: 'released' or 'trained' (see DECODE_MODES); default the model's own.
+            mode: 'released' or 'trained' (see DecodeMode); default the model's own.
             on_text: called with each new piece of the answer as it is generated.
             control_tokens: let control tokens typed in the question (`<|im_end|>`) act as such, as the reference
                 does; by default they are encoded as text.
@@ -192,17 +192,17 @@ class VideoSession:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        mode = mode or self._backend.config.slow_fast.decode_mode
-        if mode not in DECODE_MODES:
-            raise InputError(f"Unknown decode mode {mode!r}; choose one of {', '.join(DECODE_MODES)}.")
-        text = self._backend.config.text
-        ids = check_question(question, self._tokenizer, self.fast_tokens, text, control_tokens)
+        config = self._backend.config
+        decode_mode = DecodeMode.parse(mode) if mode else config.slow_fast.decode_mode
+        ids = check_question(question, self._tokenizer, self.fast_tokens, config.text, control_tokens)
         sampler = Sampler(options, self._prefix.length + len(ids))
         watch = Stopwatch()
         with watch.stage("prefill"):
             logits, past = self._step(self._embedding(ids), self._prefix, attends=True)
         with watch.stage("decode"):
-            new = self._generate(logits, past, sampler, mode == "trained", on_text or (lambda text: None))
+            new = self._generate(
+                logits, past, sampler, decode_mode == DecodeMode.TRAINED, on_text or (lambda text: None)
+            )
         return self._answer(question, ids, new, options, watch)
 
     def _answer(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfexport.checkpoint.config import DECODE_MODES
+from sfexport.checkpoint.config import DecodeMode
 from sfexport.errors import InputError
 from sfexport.qa import pipeline as pipeline_module
 from sfexport.qa.generation import GenerationOptions
@@ -27,7 +27,7 @@ def options(pipeline: Pipeline) -> GenerationOptions:
     return pipeline.generation_options().override(max_new_tokens=8)
 
 
-@pytest.mark.parametrize("mode", DECODE_MODES)
+@pytest.mark.parametrize("mode", DecodeMode)
 def test_a_second_question_is_answered_as_if_it_were_the_first(mode: str, tree, pipeline, options) -> None:
     first, second = QUESTIONS
     session = pipeline.encode(tree.clip)
@@ -44,7 +44,7 @@ def fresh_prefix(pipeline: Pipeline, session: VideoSession) -> int:
     return len(pipeline.tokenizer.prompt("?").before) + session.fast_tokens
 
 
-@pytest.mark.parametrize("mode", DECODE_MODES)
+@pytest.mark.parametrize("mode", DecodeMode)
 def test_the_session_answers_as_the_model_does_on_the_whole_prompt(mode: str, tree, pipeline, options) -> None:
     """transformers' generate recomputes everything; the session shares prefix and slow K/V."""
     torch = pytest.importorskip("torch")
