@@ -19,10 +19,12 @@ import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sfexport.artifacts.ownership import check_output, unwritable
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows

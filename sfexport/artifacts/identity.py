@@ -43,7 +43,7 @@ def has_content(file: Path, promised: dict[str, Any]) -> bool:
     if file.stat().st_size != promised["size"]:
         return False
     try:
-        return sampled_sha256(file) == promised["sampled_sha256"]
+        return bool(sampled_sha256(file) == promised["sampled_sha256"])
     except (CheckpointError, OSError):
         return False
 

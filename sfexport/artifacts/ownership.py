@@ -82,7 +82,9 @@ def _listed(manifest: Path) -> dict[str, tuple[int, str | None]] | None:
         content = _read(manifest)
         if not isinstance(content["sfexport"], str) or type(content["format"]) is not int:
             return None
-        found = {name: (entry["size"], str(entry["sha256"])) for name, entry in content["files"].items()}
+        found: dict[str, tuple[int, str | None]] = {
+            name: (entry["size"], str(entry["sha256"])) for name, entry in content["files"].items()
+        }
         weights = content.get("weights")
         if weights and weights["directory"]["relative"] == ".":
             # Weights are told by their size: reading gigabytes to delete them would take longer than writing others.

@@ -91,7 +91,9 @@ class Checkpoint:
             problem = "is not a directory" if path.exists() else "does not exist"
             raise CheckpointError(f"The checkpoint {path} {problem}.", "Name the directory that holds config.json.")
         config = _read_config(path)
-        shards, tensors, weight_files = [], {}, choose_weights(path)
+        shards: list[Shard] = []
+        tensors: dict[str, Tensor] = {}
+        weight_files = choose_weights(path)
         for name in weight_files.names:
             shard, found = read_shard(path / name, name)
             shards.append(shard)

@@ -269,9 +269,9 @@ class ModelConfig:
         )
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor outside the vision tower."""
-        text = self.text
-        out = {
+        """List the tensors outside the vision tower: name -> shape."""
+        text, gate = self.text, self.slow_fast.gate
+        out: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (text.vocab_size, text.hidden_size),
             "model.norm.weight": (text.hidden_size,),
         }
@@ -279,8 +279,8 @@ class ModelConfig:
             out["lm_head.weight"] = (text.vocab_size, text.hidden_size)
         for i in range(text.num_layers):
             out |= _layer_tensors(text, f"model.layers.{i}.")
-            if i in self.slow_fast.hybrid_layers:
-                out |= _cross_attention_tensors(text, self.slow_fast.gate, f"model.layers.{i}.self_attn.")
+            if i in self.slow_fast.hybrid_layers and gate is not None:
+                out |= _cross_attention_tensors(text, gate, f"model.layers.{i}.self_attn.")
         return out | self._projector_tensors()
 
     def _projector_tensors(self) -> dict[str, tuple[int, ...]]:

@@ -149,7 +149,7 @@ def _sides(fields: ProcessorFields, kind: str, own: int) -> tuple[bool, int, int
     crop = size
     if crops and isinstance(fields.crop_size, int):
         crop = fields.crop_size
-    elif crops and fields.crop_size is not None:
+    elif crops and isinstance(fields.crop_size, dict):
         crop = _side("crop_size", fields.crop_size, {"height", "width"})
     if keep_aspect and not crops:
         raise _unusable("do_center_crop", False, "true where size has a shortest_edge: the tower takes squares")
@@ -166,7 +166,7 @@ def _side(name: str, size: Mapping[str, Any], names: set[str]) -> int:
     """The side of a square given by one or two equal numbers."""
     if _keys(size) != names or len({size[n] for n in names if type(size[n]) is int}) != 1:
         raise _unusable(name, dict(size), "a positive whole number of pixels, or a square's height and width")
-    value = size[next(iter(names))]
+    value: int = size[next(iter(names))]
     if not all(type(size[n]) is int for n in names) or not 1 <= value <= MAX_SIDE:
         raise _unusable(name, dict(size), f"between 1 and {MAX_SIDE} pixels")
     return value
@@ -184,19 +184,22 @@ def _levels(fields: ProcessorFields, kind: str) -> tuple[tuple[float, float, flo
     if not all(abs(value) < 1e6 for value in mean):
         raise _unusable("image_mean", list(mean), "of small numbers")
     if not fields.do_normalize:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = fields.rescale_factor if fields.do_rescale else 1.0
     if math.isclose(factor, _SHADE, rel_tol=1e-6):
         return mean, std
     scale = 255 * factor
-    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
+    red, green, blue = mean
+    dev_red, dev_green, dev_blue = std
+    return (red / scale, green / scale, blue / scale), (dev_red / scale, dev_green / scale, dev_blue / scale)
 
 
 def _triple(name: str, value: list[float] | None, default: tuple[float, ...]) -> tuple[float, float, float]:
     values = default if value is None else tuple(value)
     if len(values) != 3 or not all(map(math.isfinite, values)):
         raise _unusable(name, value, "three numbers, one per channel")
-    return values
+    first, second, third = values
+    return first, second, third
 
 
 def _demand(name: str, value: Any, wanted: Any) -> None:

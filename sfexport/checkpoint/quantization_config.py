@@ -118,11 +118,10 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization | None:
 def _settings(values: Any, file: str, method: str | None) -> Quantization:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: quantization_config is {shown(values)}, not an object.", HINT)
-    _refuse_other_methods(values, file, method)
+    method = _known_method(values, file, method)
     fields = read_fields(QuantizationFields, values, file, hint=HINT)
     if unknown := unknown_fields(QuantizationFields, values):
         raise CheckpointError(f"{file}: {shown(unknown[0])} in the quantisation's settings is not known.", HINT)
-    method = fields.quant_method or method
     group = _one_of(fields, file, "group_size", "q_group_size", 128)
     bits = _one_of(fields, file, "bits", "w_bit", 4 if method == "awq" else None)
     if bits != 4 or group not in GROUPS:
@@ -136,7 +135,8 @@ def _settings(values: Any, file: str, method: str | None) -> Quantization:
     return Quantization(method, group, offset, fields.desc_act)
 
 
-def _refuse_other_methods(values: dict[str, Any], file: str, default: str | None) -> None:
+def _known_method(values: dict[str, Any], file: str, default: str | None) -> str:
+    """Return the method that the settings name. Raises CheckpointError for one that is not in METHODS."""
     method = values.get("quant_method", default)
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -144,10 +144,11 @@ def _refuse_other_methods(values: dict[str, Any], file: str, default: str | None
         raise CheckpointError(
             f"{file}: this checkpoint's weights are rounded by {shown(method)}; sfexport takes over gptq and awq.", HINT
         )
+    return str(method)
 
 
 def _one_of(fields: QuantizationFields, file: str, name: str, other: str, default: int | None) -> int | None:
-    """The value under either of its names."""
+    """Read the value under either of its names."""
     first, second = getattr(fields, name), getattr(fields, other)
     if first is not None and second is not None and first != second:
         raise CheckpointError(f"{file}: {name} is {first} and {other} is {second}.", HINT)

@@ -142,8 +142,8 @@ def _parse_header(header: bytes, real: Path, path: Path) -> list[Tensor]:
 
 
 def _parse_json(header: bytes) -> dict[str, Any]:
-    """A header's JSON object, as strictly as the library reads it."""
-    entries = json.loads(
+    """Parse a header's JSON object, as strictly as the library reads it."""
+    entries: dict[str, Any] = json.loads(
         header.decode("utf-8"),
         object_pairs_hook=_no_duplicates,
         parse_int=lambda text: int(text) if text != "-0" else -1,  # the library reads -0 as a float

@@ -160,8 +160,8 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
             raise CheckpointError(f"{CONFIG_FILE}: '{name}' is set, which is not supported: {reason}.", AGAIN)
     content = read_optional_json(directory / TOKENIZER_FILE)
     file = None if content is None else read_fields(TokenizerJson, content, TOKENIZER_FILE)
-    name = config.tokenizer_class or (read_optional_json(directory / "config.json") or {}).get("tokenizer_class")
-    qwen2 = _is_qwen2(name, file)
+    named = config.tokenizer_class or (read_optional_json(directory / "config.json") or {}).get("tokenizer_class")
+    qwen2 = _is_qwen2(named, file)
     if file is not None and qwen2:
         _check_qwen2(file, config)
     own = [] if file is None else file.added_tokens

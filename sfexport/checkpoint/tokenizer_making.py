@@ -109,9 +109,10 @@ def _vocabulary(files: TokenizerFiles) -> tuple[dict[str, int], list[tuple[str, 
     from tokenizers.models import BPE
 
     if files.content is None:
-        return BPE.read_file(str(files.directory / VOCAB_FILE), str(files.directory / MERGES_FILE))
+        vocabulary, pairs = BPE.read_file(str(files.directory / VOCAB_FILE), str(files.directory / MERGES_FILE))
+        return vocabulary, pairs
     model = files.content["model"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
+    merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     return model["vocab"], merges
 
 

@@ -118,7 +118,7 @@ class VitTower:
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         p, width = VIT_PREFIX, self.width
         cells = self.grid(self.image_size) ** 2
-        out = {f"{p}embeddings.patch_embedding.weight": (width, 3, self.patch, self.patch)}
+        out: dict[str, tuple[int, ...]] = {f"{p}embeddings.patch_embedding.weight": (width, 3, self.patch, self.patch)}
         if self.kind == "clip":
             out[f"{p}embeddings.class_embedding"] = (width,)
             out |= _norm(f"{p}pre_layrnorm", width)

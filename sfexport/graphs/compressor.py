@@ -14,7 +14,7 @@ import onnx_ir as ir
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.graphs.initializers import Weights
 from sfexport.graphs.names import CELL_WEIGHTS, FAST_TOKENS, FRAME_WEIGHTS, SLOW_TOKENS, slow_names
-from sfexport.graphs.writer import GraphWriter
+from sfexport.graphs.writer import GraphWriter, Shape
 
 
 def build_compressor(config: ModelConfig, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
@@ -55,6 +55,6 @@ def _write_slow_key_values(
     packed = g.reshape(packed, -1, text.num_kv_heads, 2, text.head_dim)
     # [Ls, kv heads, 2, d] -> [2, kv heads, Ls, d] -> two of [1, kv heads, Ls, d]
     key_value = g.split(g.transpose(packed, 2, 1, 0, 3), 2, axis=0)
-    shape = [1, text.num_kv_heads, "slow_tokens", text.head_dim]
+    shape: Shape = [1, text.num_kv_heads, "slow_tokens", text.head_dim]
     for name, value in zip(names, key_value, strict=True):
         g.output(name, value, g.dtype, shape)

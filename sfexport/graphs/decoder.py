@@ -43,7 +43,7 @@ from sfexport.graphs.names import (
     present_names,
     slow_names,
 )
-from sfexport.graphs.writer import INT4_OPSET, OPSET, GraphWriter
+from sfexport.graphs.writer import INT4_OPSET, OPSET, GraphWriter, Shape
 
 _END = np.iinfo(np.int64).max  # of a Slice: as far as the axis goes
 
@@ -55,12 +55,19 @@ class _Shared:
     Shapes, int64: worked out once, since a small step is as many nodes as it is numbers.
 
     Attributes:
-        shape: [2], batch and sequence. query_shape: [4], of heads before they are transposed; key_shape likewise.
-        heads_shape: [4], of the query. scores_shape: [4], the query heads of a kv head in one matrix.
-        by_head_shape: [5], the same head by head.
-        cos, sin: [batch, 1, sequence, head_dim], the halves of head_dim alike but for sin's sign.
+        shape: [2], batch and sequence.
+        query_shape: [4], of the query's heads before they are transposed.
+        key_shape: [4], of the key's and value's heads before they are transposed.
+        heads_shape: [4], of the query.
+        scores_shape: [4], the query heads of a kv head in one matrix.
+        by_head_shape: [5], the scores head by head.
+        cos: [batch, 1, sequence, head_dim], both halves of head_dim alike.
+        sin: the same shape, the first half negated.
         bias: float32 [batch, 1, 1, sequence, past + sequence], 0 or MASKED.
-        past: K and V by layer. slow: K and V by hybrid layer.
+        past: K and V by layer.
+        slow: K and V by hybrid layer.
+        attends: bool [batch, sequence], positions that attend to slow tokens; None without a slow branch.
+        lengths: int64 [batch], numbers of slow tokens; None without a slow branch.
     """
 
     shape: ir.Value
@@ -81,7 +88,11 @@ class _Shared:
 def build_decoder(
     config: ModelConfig, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, head_parts: int = 1
 ) -> ir.Model:
-    """Args: `head_parts`: pieces that the language-model head is computed in."""
+    """Build the decoder's graph.
+
+    Args:
+        head_parts: number of pieces the language-model head is computed in.
+    """
     g = GraphWriter("decoder", weights, dtype, INT4_OPSET if weights.has_int4 else OPSET)
     text = config.text
     embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
@@ -94,7 +105,7 @@ def build_decoder(
             x.name = hidden_name(i)
             presents += present
     _write_head(g, config, shared, x, head_parts)
-    shape = ["batch", text.num_kv_heads, "total", text.head_dim]
+    shape: Shape = ["batch", text.num_kv_heads, "total", text.head_dim]
     for name, value in zip(present_names(config), presents, strict=True):
         g.output(name, value, dtype, shape)
     return g.model([cross_attention_function(g.opset)] if config.slow_fast.hybrid_layers else [])
@@ -115,12 +126,12 @@ def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value) -> _Sha
         bias = _write_mask(g, embeds, mask, past[0][0])
     by_layer = dict(zip(config.slow_fast.hybrid_layers, slow, strict=True))
     with g.scope("shapes"):
-        shapes = _write_shapes(g, config, embeds, mask)
-    return _Shared(*shapes, cos, sin, bias, past, by_layer, attends, lengths)
+        shape, query, key, heads, scores, by_head = _write_shapes(g, config, embeds, mask)
+    return _Shared(shape, query, key, heads, scores, by_head, cos, sin, bias, past, by_layer, attends, lengths)
 
 
 def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, mask: ir.Value) -> list[ir.Value]:
-    """The shapes of _Shared, in its order."""
+    """Write the shapes of _Shared, in its order."""
     text = config.text
     group = text.num_heads // text.num_kv_heads
     shape, total = g.dims(embeds, 0, 2), g.dims(mask, 1, 2)
@@ -138,7 +149,7 @@ def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, mask: i
 def _key_value_inputs(
     g: GraphWriter, config: ModelConfig, names: list[str], length: str
 ) -> list[tuple[ir.Value, ir.Value]]:
-    shape = ["batch", config.text.num_kv_heads, length, config.text.head_dim]
+    shape: Shape = ["batch", config.text.num_kv_heads, length, config.text.head_dim]
     values = [g.input(name, g.dtype, shape) for name in names]
     return list(zip(values[::2], values[1::2], strict=True))
 
@@ -209,7 +220,7 @@ def _write_attention(
 
 
 def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
-    """Rotary embedding of [batch, heads, sequence, d]: the halves of d are the pairs' two coordinates."""
+    """Write the rotary embedding of [batch, heads, sequence, d]: the halves of d are the pairs' two coordinates."""
     a, b = g.split(x, 2, axis=-1)
     turned = g.op("Mul", g.op("Concat", b, a, axis=-1), shared.sin)
     return g.op("Add", g.op("Mul", x, shared.cos), turned)
@@ -218,7 +229,9 @@ def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
 def _write_self_attention(
     g: GraphWriter, config: ModelConfig, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
 ) -> ir.Value:
-    """-> [batch * sequence, heads * d], before o_proj. Query heads are grouped by kv head: K and V are not repeated.
+    """Write attention -> [batch * sequence, heads * d], before o_proj.
+
+    Query heads are grouped by kv head: K and V are not repeated.
 
     The scores are float32 from the product on: Qwen2's large key biases make them leave float16's range, and lose
     in bfloat16 what tells the keys apart.
@@ -236,7 +249,9 @@ def _write_self_attention(
 def _write_cross_attention(
     g: GraphWriter, config: ModelConfig, shared: _Shared, query: ir.Value, output: ir.Value, i: int
 ) -> ir.Value:
-    """gate(self-attention output) * context -> [batch * sequence, heads * d]."""
+    """Write gate(self-attention output) * context -> [batch * sequence, heads * d]."""
+    if config.slow_fast.gate is None:
+        raise ValueError("a hybrid layer needs a gate")
     inputs = (query, *shared.slow[i], shared.attends, shared.lengths)
     context = g.op(OP_TYPE, *inputs, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     context = g.reshape(context, -1, config.text.num_heads * config.text.head_dim)
@@ -255,7 +270,7 @@ def _write_gate(g: GraphWriter, gate: GateConfig, output: ir.Value, p: str) -> i
 
 
 def _write_head(g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, parts: int) -> None:
-    """Logits of the last position. In pieces, where one matrix of the whole vocabulary is too large to allocate."""
+    """Write the logits of the last position, in pieces where one matrix of the whole vocabulary is too large."""
     text = config.text
     shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
     # A slice, because TensorRT does not define a Gather with a negative index.

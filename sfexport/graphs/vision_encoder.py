@@ -26,8 +26,7 @@ def build_vision_encoder(
     g = GraphWriter("vision_encoder", weights, dtype)
     pixels = g.input(PIXELS, dtype, ["frames", 3, image_size, image_size])
     side, hidden = tower.grid(image_size), config.text.hidden_size
-    write_tower = write_convnext if isinstance(tower, ConvNextTower) else write_vit
-    features = write_tower(g, tower, pixels)
+    features = write_convnext(g, tower, pixels) if isinstance(tower, ConvNextTower) else write_vit(g, tower, pixels)
     features.name = FEATURES
     with g.scope("mm_projector"):
         projected = write_projector(g, config.projector, features)

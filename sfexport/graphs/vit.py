@@ -6,7 +6,8 @@ import math
 
 import onnx_ir as ir
 
-from sfexport.checkpoint.vision_tower import VIT_PREFIX, VitTower
+from sfexport.checkpoint.tower_names import VIT_PREFIX
+from sfexport.checkpoint.vision_tower import VitTower
 from sfexport.graphs.writer import GraphWriter
 
 

@@ -70,12 +70,13 @@ class GraphWriter:
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output."""
-        value = self._tape.op(op_type, inputs, attributes, domain=domain, name=self._unique(op_type))
-        value.name = value.producer().name
+        name = self._unique(op_type)
+        value = self._tape.op(op_type, inputs, attributes, domain=domain, name=name)
+        value.name = name
         return value
 
     def split(self, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
-        """Equal parts along `axis`."""
+        """Split into equal parts along `axis`."""
         name = self._unique("Split")
         attributes = {"axis": ir.AttrInt64("axis", axis), "num_outputs": ir.AttrInt64("num_outputs", parts)}
         node = ir.Node("", "Split", [x], attributes, num_outputs=parts, name=name)
@@ -170,7 +171,7 @@ class GraphWriter:
     def _packed_product(self, x: ir.Value, name: str, packed: Packed) -> ir.Value:
         """With integer weights, stored [in, out]: what ONNX Runtime makes one MatMulNBits of."""
         values = [self._tape.initializer(tensor, tensor.name) for tensor in packed.initializers()]
-        attributes = {"axis": 0, "block_size": packed.block} if packed.block else {"axis": 1}
+        attributes: dict[str, Any] = {"axis": 0, "block_size": packed.block} if packed.block else {"axis": 1}
         with self._named_after(f"{name}.weight"):
             weight = self.op("DequantizeLinear", *values, **attributes)
         return self.op("MatMul", x, weight)
