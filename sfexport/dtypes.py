@@ -79,10 +79,10 @@ SAFETENSORS_BYTES = {name: bits // 8 for name, bits in SAFETENSORS_BITS.items() 
 
 def from_onnx(number: int) -> Dtype:
     """Return the format of a TensorProto.DataType or onnx_ir.DataType. Raises KeyError for one that is not numeric."""
-    import onnx_ir as ir
+    import onnx  # not onnx_ir: engines are loaded with onnx alone, and onnx_ir takes 40 MB of memory
 
     try:
-        return _BY_ONNX[ir.DataType(number).name]
+        return _BY_ONNX[onnx.TensorProto.DataType.Name(number)]
     except ValueError:  # no type has this number
         raise KeyError(number) from None
 
