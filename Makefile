@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-SOURCES := sfexport optimum tests benchmarks examples
+SOURCES := sfexport optimum tests benchmarks examples docs
 # Exact versions with hashes: base.txt for `make demo`, test.txt for `make test`, the oldest that pyproject.toml allows.
 LOCKS := requirements
 UV := uv==0.13.9
@@ -13,7 +13,7 @@ PARALLEL := -n 2 --dist loadfile
 # Threads of NumPy and PyTorch wait actively: with two in each worker, the suite takes a third longer on two cores.
 test test-oldest test-oldest-base test-newest test-newest-base: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-oldest test-oldest-base test-newest test-newest-base fuzz lock lint format clean
+.PHONY: demo test test-oldest test-oldest-base test-newest test-newest-base fuzz lock lint format docs clean
 
 demo: .venv-demo/$(READY)
 	.venv-demo/bin/sfexport demo
@@ -92,6 +92,11 @@ lint: .venv/$(READY)
 	.venv/bin/ruff format --check $(SOURCES)
 	# Python 3.10 has no import-linter.
 	if [ -x .venv/bin/lint-imports ]; then .venv/bin/lint-imports; fi
+	.venv/bin/python docs/generate_api.py --check
+
+# docs/api.md is made of docstrings.
+docs: .venv/$(READY)
+	.venv/bin/python docs/generate_api.py
 
 format: .venv/$(READY)
 	.venv/bin/ruff check --fix $(SOURCES)

@@ -134,8 +134,10 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class FastPathConfig:
-    """How fast tokens are made from the pooled tokens of all frames (paper section 3; REFERENCE order:
-    frame sampling, then temporal pooling, then spatial pooling)."""
+    """Settings of the fast path: frame sampling, then temporal pooling, then spatial pooling.
+
+    The formulas are in docs/reference.md, section 4.
+    """
 
     sampling_stride: int
     temporal_stride: int

@@ -1,7 +1,7 @@
 """The fast path as matrices the compressor graph takes: NumPy only, computed on the host.
 
-Source: REFERENCE section 4. Frame sampling and temporal pooling are linear in the frames, spatial pooling is
-linear in a frame's cells, so two small matrices cover every case with one graph.
+The formulas are in docs/reference.md, section 4. Frame sampling and temporal pooling are linear in the frames, spatial
+pooling is linear in a frame's cells, so two small matrices cover every case with one graph.
 """
 
 from __future__ import annotations

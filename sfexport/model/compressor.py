@@ -1,4 +1,4 @@
-"""Slow tokens and fast tokens from projected features (paper section 3).
+"""Slow tokens and fast tokens from projected features (docs/reference.md, section 4).
 
 Written as the reference computes it, frame by frame and window by window: the ONNX graph uses one matrix
 instead, and is checked against this.
