@@ -7,10 +7,13 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
+from citations import cited_files, problems, texts
 from helpers import sfexport
 
 from sfexport.cli import main
@@ -146,3 +149,43 @@ def test_every_target_is_on_its_page(target: Target) -> None:
         )
         for figure in figures:
             assert f"| {figure} |" in line
+
+
+@pytest.mark.parametrize("file", cited_files(), ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_cited_paths_commands_and_options_exist(file: Path) -> None:
+    assert problems(texts(file), file) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "problem"),
+    [
+        ("See sfexport/engines/no_such_file.py.", "sfexport/engines/no_such_file.py does not exist"),
+        ("See `engines/no_such_file.py`.", "engines/no_such_file.py does not exist"),
+        ("The figures are in docs/no_page.md.", "docs/no_page.md does not exist"),
+        ("As in docs/reference.md, section 99.", "reference.md has no section 99"),
+        ("Source: REFERENCE section 4.", "REFERENCE is not a file of this repository: cite docs/reference.md"),
+        ("Run `sfexport encode clip.mp4`.", "sfexport has no command encode"),
+        ("Run `sfexport build bundle --no-such-option 3`.", "sfexport build has no option --no-such-option"),
+        ("    sfexport ask engines clip.mp4 --nope", "sfexport ask has no option --nope"),
+        ("Run `python -m sfexport.no_module`.", "there is no module sfexport.no_module to run"),
+        ("`python -m sfexport.kernels.check --nope`", "python -m sfexport.kernels.check has no option --nope"),
+        ("`python benchmarks/frames.py --nope`", "benchmarks/frames.py has no option --nope"),
+        ("`python benchmarks/nothing.py`", "benchmarks/nothing.py does not exist"),
+        ("Run `make nonsense`.", "the Makefile has no target nonsense"),
+    ],
+)
+def test_planted_citations_are_found(planted: str, problem: str) -> None:
+    assert problem in problems(planted, ROOT / "sfexport" / "api.py")
+
+
+def test_true_citations_are_not_problems() -> None:
+    text = (
+        "See sfexport/api.py, `engines/build.py`, docs/reference.md, section 4. Run `sfexport build b -o e`, "
+        '`sfexport ask e v -q "a --b c"`, `python -m sfexport.kernels.check --seed 1` or `make test-oldest`.'
+    )
+    assert problems(text, ROOT / "README.md") == []
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs/generate_api.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
