@@ -1,6 +1,6 @@
-"""Read generation_config.json: every field of transformers' GenerationConfig (5.0 to 5.24), applied, known not to
-change tokens here, or refused by name.
+"""Read generation_config.json: every field of transformers' GenerationConfig (5.0 to 5.24).
 
+A field is applied, known not to change tokens here, or refused by name.
 Transformers' own rules hold: what acts when sampling only is ignored by a greedy model, an absent or null `top_k` is
 50, `max_new_tokens` comes before `max_length`.
 """

@@ -62,8 +62,9 @@ class Profile:
 
 
 def resolve_profiles(bundle: Bundle, limits: Limits) -> dict[str, list[Profile]]:
-    """Every graph's profiles; the decoder has two, prefill and decode, in this order; the compressor video and, where
-    it differs, picture.
+    """Return every graph's profiles.
+
+    The decoder has two, prefill and decode, in this order; the compressor video and, where it differs, picture.
 
     Raises:
         InputError: more tokens than the model takes.

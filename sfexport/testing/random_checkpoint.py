@@ -202,8 +202,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _all_shapes(config: Mapping[str, Any], tower: Tower) -> Shapes:
-    """The tensors the model needs, and those that released files store and nothing uses: a ConvNeXt's head, a
-    ViT's last layers."""
+    """Return the shapes of the model's tensors, and of those that released files store and the model does not use.
+
+    The latter are a ConvNeXt's head, or a ViT's last layers.
+    """
     shapes = ModelConfig.from_dict(config).expected_tensors()
     if isinstance(tower, VitTower):
         return shapes | replace(tower, select_layer=-1).expected_tensors()
