@@ -35,7 +35,9 @@ PYTHON = blocks("python", *PAGES)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as it is after `make demo` and the README's first commands."""
     folder = tmp_path_factory.mktemp("readme")
-    run("sfexport demo\nsfexport export sfexport-demo/checkpoint -o bundle\nsfexport build bundle -o engines", folder)
+    run(
+        "sfexport demo\nsfexport export sfexport-demo/checkpoint -o bundle\nsfexport build bundle -o my-engines", folder
+    )
     return folder
 
 
@@ -67,6 +69,15 @@ def test_the_readme_is_short_and_its_examples_are_among_those_that_are_run() -> 
         assert any(f"sfexport {command}" in block for block in SHELL), command
     assert any("--quantize int4" in block for block in SHELL) and any("--check -o" in block for block in SHELL)
     assert len(PYTHON) >= 4
+
+
+def test_examples_write_to_names_that_a_clone_does_not_have() -> None:
+    """Readers run them at the root of their clone, where `engines` and `model` are links into the package."""
+    pages = [*PAGES, *(ROOT / "docs" / name for name in ELSEWHERE)]
+    outputs = re.findall(r"sfexport (?:export|build) .*-o (\S+)", "\n".join(blocks("sh", *pages)))
+    assert "my-engines" in outputs
+    tracked = {"model", "engines", "cli.py", "docs", "tests", "sfexport", "examples", "benchmarks", "optimum"}
+    assert not tracked & set(outputs)
 
 
 def test_install_lines_name_extras_that_exist() -> None:
