@@ -1,4 +1,4 @@
-"""The one exception tree of sfexport."""
+"""Define every exception that sfexport raises."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SfexportError(Exception):
             self.add_note(hint)
 
     def paragraph(self) -> str:
-        """Message and hint as one paragraph."""
+        """Return message and hint as one paragraph."""
         return " ".join(part for part in (str(self), self.hint) if part)
 
 
@@ -47,8 +47,9 @@ class MissingDependency(SfexportError):
     """An optional library is needed for this command and is not installed, too old, or does not load.
 
     Args:
-        found, oldest: the version that is installed and too old, and the oldest that is not.
-        failure: what importing it raised.
+        found: the installed version, if it is too old.
+        oldest: the oldest version that will do.
+        failure: the exception that importing it raised.
     """
 
     def __init__(
@@ -74,5 +75,5 @@ class MissingDependency(SfexportError):
 
 
 def _is_absence(failure: Exception) -> bool:
-    """Whether a whole package is absent, rather than a part of one that is there."""
+    """Tell whether a whole package is absent, rather than a part of one that is there."""
     return isinstance(failure, ModuleNotFoundError) and "." not in (failure.name or ".")

@@ -41,11 +41,11 @@ def read_fields(
     error: type[SfexportError] = CheckpointError,
     hint: str = "",
 ) -> _F:
-    """The fields of `kind` found in `values`, checked; others are left alone (see `unknown_fields`).
+    """Check the fields of `kind` found in `values` and return them; others are left alone (see `unknown_fields`).
 
     Args:
         values: the parsed JSON object.
-        file: its name, for messages.
+        file: the file's name, for messages.
         error: raised where a value has the wrong type or is out of range, is not finite, or is absent.
     """
     names = {field.encode_name for field in msgspec.structs.fields(kind)}
@@ -62,13 +62,13 @@ def read_fields(
 
 
 def unknown_fields(kind: type[Fields], values: Mapping[str, Any]) -> list[str]:
-    """Names in `values` that `kind` neither applies nor knows to be irrelevant, sorted."""
+    """List the names in `values` that `kind` neither applies nor knows to be irrelevant, sorted."""
     names = {field.encode_name for field in msgspec.structs.fields(kind)}
     return sorted(name for name in values if name not in names and name not in kind.IRRELEVANT)
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its repr in ASCII, shortened."""
+    """Show a value in a message: its repr in ASCII, shortened."""
     try:
         text = ascii(value)
     except ValueError:  # Python writes no numbers of over 4300 digits
@@ -77,12 +77,12 @@ def shown(value: Any) -> str:
 
 
 def _surrogate(values: Mapping[str, Any]) -> str:
-    """The first field with text that is not Unicode."""
+    """Find the first field with text that is not Unicode."""
     return next((f"'{name}'" for name, value in values.items() if "\\ud" in ascii(value)), "a field")
 
 
 def _explain(problem: str, values: Mapping[str, Any]) -> str:
-    """'Expected `bool`, got `str` - at `$.tie_word_embeddings`' with the field first and its value."""
+    """Rewrite 'Expected `bool`, got `str` - at `$.tie_word_embeddings`' with the field first and its value."""
     message, _, place = problem.partition(" - at `$.")
     message, place = message[0].lower() + message[1:], place.rstrip("`")
     name = place.split(".")[0].split("[")[0]

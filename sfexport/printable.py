@@ -36,7 +36,7 @@ def _escaped(character: str) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-    """`text` with its middle left out where it is longer than `longest` characters."""
+    """Leave out the middle of `text` where it is longer than `longest` characters."""
     if len(text) <= longest:
         return text
     head = longest * 2 // 3
@@ -45,13 +45,13 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 
 def one_paragraph(text: str) -> str:
-    """A message as one printable line of bounded length."""
+    """Return a message as one printable line of bounded length."""
     # Shortened before it is escaped too: escaping a message of many megabytes would take seconds.
     return shortened(printable(" ".join(shortened(text, 4 * LONGEST).split())))
 
 
 def json_text(value: Any) -> str:
-    """A document as one line of ASCII JSON that every parser takes.
+    """Write a document as one line of ASCII JSON that every parser takes.
 
     Lone surrogates are shown as in `printable`; numbers that JSON does not have (NaN, infinities) become null.
     """
@@ -75,7 +75,7 @@ def _is_surrogate(character: str) -> bool:
 
 
 def size_text(count: float) -> str:
-    """Bytes in the largest unit of which there is at least one: '17.1 GB', '2.4 MB', '512 bytes'."""
+    """Show bytes in the largest unit of which there is at least one: '17.1 GB', '2.4 MB', '512 bytes'."""
     for unit, name in _UNITS:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -83,6 +83,6 @@ def size_text(count: float) -> str:
 
 
 def sizes_text(first: float, second: float) -> tuple[str, str]:
-    """Two sizes that a message compares, exact to the byte where they would otherwise read the same."""
+    """Show two sizes that a message compares, exact to the byte where they would otherwise read the same."""
     pair = size_text(first), size_text(second)
     return pair if first == second or pair[0] != pair[1] else (f"{first:,.0f} bytes", f"{second:,.0f} bytes")

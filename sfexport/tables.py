@@ -1,4 +1,4 @@
-"""Reading the package's tables (TOML files beside the code)."""
+"""Read the package's tables (TOML files beside the code)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfexport.errors import MissingDependency
 
 
 def read_table(package: str, name: str) -> dict[str, Any]:
-    """The table `name` of a package. Raises MissingDependency on Python 3.10 without tomli."""
+    """Read the table `name` of a package. Raises MissingDependency on Python 3.10 without tomli."""
     text = files(package).joinpath(name).read_text(encoding="utf-8")
     if sys.version_info >= (3, 11):
         import tomllib

@@ -39,7 +39,7 @@ def one_of(value: Any, name: str, choices: Sequence[str]) -> str:
 
 
 def as_path(value: Any, what: str) -> Path:
-    """The path that a str or Path names; nothing has to be there.
+    """Return the path that a str or Path names; nothing has to be there.
 
     Raises:
         InputError: another type, a name that no file can have, or one that the system does not let us look at.
@@ -60,7 +60,7 @@ def as_path(value: Any, what: str) -> Path:
 
 
 def as_output(value: Any) -> Path:
-    """A path to write to, as `as_path`; ONNX's libraries take names in UTF-8 only.
+    """Return a path to write to, as `as_path` does; ONNX's libraries take names in UTF-8 only.
 
     Raises:
         InputError: as `as_path`, or a name that is not UTF-8.

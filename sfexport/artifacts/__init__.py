@@ -1,1 +1,1 @@
-"""What is written and read back: bundles, engine directories, their manifests."""
+"""Write and open bundles and engine directories, and check their manifests."""

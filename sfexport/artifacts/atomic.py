@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all, whenever the process is killed.
+"""Make directories and files appear whole or not at all, whenever the process is killed.
 
 What is written goes to a hidden sibling, `.<name>.<random>.partial`, and takes its place in one step. A sibling is
 locked while its process lives; the next that writes to the same place removes those without a lock.
@@ -114,13 +114,13 @@ def restore(target: Path) -> None:
 
 
 def is_leftover(name: str, target: str) -> bool:
-    """Whether a file name is that of a sibling that was being written, or moved aside, for `target`."""
+    """Tell whether a file name is that of a sibling that was being written, or moved aside, for `target`."""
     rest = name.removeprefix(_prefix(target))
     return rest != name and (_PARTIAL in rest or rest.endswith(_OLD))
 
 
 def _sibling(target: Path, suffix: str) -> Path:
-    """A free name beside `target`, known before anything is made: whatever ends the making can clean up."""
+    """Choose a free name beside `target`, before anything is made, so that whatever ends the making can clean up."""
     return target.with_name(f"{_prefix(target.name)}{secrets.token_hex(6)}{suffix}")
 
 
@@ -135,7 +135,7 @@ def _swept(target: Path) -> Iterator[None]:
 
 
 def _prefix(name: str) -> str:
-    """How the names of a target's siblings begin."""
+    """Return the beginning of the names of a target's siblings."""
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}."
@@ -190,7 +190,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Any:
-    """The C library's function; None where it has none (before glibc 2.28, and on other systems than Linux)."""
+    """Find the C library's function; None where it has none (before glibc 2.28, and on other systems than Linux)."""
     try:
         function = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -222,7 +222,7 @@ def _parent_lock(target: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path, wait: bool = False) -> int | None:
-    """A handle that holds the lock of a file or directory until it is closed or the process ends; None: no lock.
+    """Lock a file or directory until the returned handle is closed or the process ends; None: no lock.
 
     Args:
         wait: tell the lock that another holds, _BUSY, from one that the file system does not have.

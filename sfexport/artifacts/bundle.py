@@ -121,7 +121,7 @@ class Bundle:
         return found[0] if found else None
 
     def _has_weights(self, checkpoint: Path) -> bool:
-        """Whether a directory holds the checkpoint that was exported."""
+        """Tell whether a directory holds the checkpoint that was exported."""
         try:
             return has_weights(Checkpoint.open(checkpoint).shards, self.content["checkpoint"]["shards"])
         except (InputError, OSError):
@@ -165,7 +165,7 @@ class Bundle:
         return self.content.get("quantization")
 
     def weight_bytes(self, width: int) -> int:
-        """Bytes of the graphs' weights where floats are held in `width` bytes each and integers as they are stored."""
+        """Compute the bytes of the weights with floats in `width` bytes each and integers as they are stored."""
         floats: int = self.content["weights"]["parameters"]
         integers = 0
         if quantization := self.quantization:
@@ -175,16 +175,16 @@ class Bundle:
         return width * floats + integers
 
     def tokens_per_frame(self, single_image: bool) -> int:
-        """Slow tokens of a frame: pooled for a video, all for a single image."""
+        """Return the number of slow tokens of a frame: pooled for a video, all for a single image."""
         count: int = self.content["tokens_per_frame"]["image" if single_image else "video"]
         return count
 
     def graph_file(self, name: str) -> Path:
-        """Path of the graph `name`, one of GRAPHS."""
+        """Return the path of the graph `name`, one of GRAPHS."""
         return self.path / f"{name}.onnx"
 
     def embedding(self) -> Tensor:
-        """The token embedding's place in its shard; rows are read one by one, never the whole table."""
+        """Find the token embedding's place in its shard; rows are read one by one, never the whole table."""
         stored = self.content["weights"]["embedding"]
         return Tensor(
             name=EMBEDDING,

@@ -27,10 +27,10 @@ _CHUNK = 1 << 20
 
 
 def describe_shard(shard: Shard, full: bool) -> dict[str, Any]:
-    """A weight file in a bundle's manifest.
+    """Describe a weight file for a bundle's manifest.
 
     Args:
-        full: digest of every byte too, not of sampled blocks only.
+        full: add the digest of every byte, not of sampled blocks only.
     """
     sampled = sampled_sha256(shard.path)
     whole = shard.size <= WHOLE
@@ -39,7 +39,7 @@ def describe_shard(shard: Shard, full: bool) -> dict[str, Any]:
 
 
 def has_content(file: Path, promised: dict[str, Any]) -> bool:
-    """Whether a regular file is the one that `describe_shard` described, by its size and sampled blocks."""
+    """Tell whether a regular file is the one that `describe_shard` described, by its size and sampled blocks."""
     if file.stat().st_size != promised["size"]:
         return False
     try:
@@ -49,7 +49,7 @@ def has_content(file: Path, promised: dict[str, Any]) -> bool:
 
 
 def changed_since(file: Path, read: dict[str, Any]) -> bool:
-    """Whether a large file, of which only samples were compared, differs from what a build read.
+    """Tell whether a large file, of which only samples were compared, differs from the one a build read.
 
     All of it is read where its time of modification is another.
     """
@@ -58,7 +58,7 @@ def changed_since(file: Path, read: dict[str, Any]) -> bool:
 
 
 def has_weights(shards: Iterable[Shard], promised: list[dict[str, Any]]) -> bool:
-    """Whether files are those that were described, under whatever names."""
+    """Tell whether files are those that were described, under whatever names."""
     wanted = Counter((entry["size"], entry["sampled_sha256"]) for entry in promised)
     found = list(shards)
     if Counter(shard.size for shard in found) != Counter(size for size, _ in wanted.elements()):
@@ -75,7 +75,7 @@ def full_sha256(file: Path) -> str:
 
 
 def sampled_sha256(file: Path) -> str:
-    """Digest of sampled blocks of a safetensors file; of all bytes where there are up to 64 MB.
+    """Digest sampled blocks of a safetensors file; all bytes of one of up to 64 MB.
 
     Raises:
         CheckpointError: it is not a safetensors file.
@@ -91,7 +91,7 @@ def sampled_sha256(file: Path) -> str:
 
 
 def _spans(file: Path) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what is sampled: the header, then blocks of every tensor."""
+    """List (offset, length) of the samples: the header, then blocks of every tensor."""
     tensors = sorted(read_shard(file, file.name)[1].values(), key=lambda tensor: tensor.offset)
     yield 0, min((tensor.offset for tensor in tensors), default=8)
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, a bundle or an engine directory, as one plain document (`sfexport inspect`)."""
+"""Describe a checkpoint, a bundle or an engine directory as one plain document (`sfexport inspect`)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _checkpoint(stored: Checkpoint) -> dict[str, Any]:
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
-    """Parameters by part; tensors that are never used are not counted."""
+    """Count parameters by part; tensors that are never used are not counted."""
     counts: Counter[str] = Counter()
     for name in checkpoint.expected_tensors():
         counts[_part(name)] += math.prod(checkpoint.tensors[name].shape)
@@ -116,7 +116,7 @@ def _engines(engines: Engines) -> dict[str, Any]:
 
 
 def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """The document as lines of a table for people; graphs' inputs and outputs are listed apart."""
+    """Return the document as lines of a table for people; graphs' inputs and outputs are listed apart."""
     kind = document["kind"]
     bundle = document.get("bundle", {}) if kind == "engines" else document
     lines = [("path", document["path"])]
@@ -176,7 +176,7 @@ def _sizes(shards: list[dict[str, Any]]) -> str:
 
 
 def graph_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(graph, direction, name, dtype, shape) per input and output; per-layer K/V tensors are folded into one line."""
+    """List (graph, direction, name, dtype, shape) per input and output; per-layer K/V tensors take one line."""
     bundle = document["bundle"] if document["kind"] == "engines" else document
     lines = []
     for graph, entry in bundle.get("graphs", {}).items():

@@ -1,4 +1,4 @@
-"""What stands in the manifests `sfexport.json` and `engine.json`: every field with its type and range."""
+"""Fields of the manifests `sfexport.json` and `engine.json`, with their types and ranges."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class TokensFields(_Exact, frozen=True, kw_only=True):
 
 
 class ImageFields(_Exact, frozen=True, kw_only=True):
-    """sfexport.checkpoint.image_processor.ImageProcessorConfig, in ranges that pixels can be made with."""
+    """Fields of ImageProcessorConfig, in ranges that pixels can be made with."""
 
     size: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
     crop: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
@@ -138,7 +138,7 @@ class ImageFields(_Exact, frozen=True, kw_only=True):
 
 
 class ModelFields(_Exact, frozen=True, kw_only=True):
-    """What was read from config.json and the vision tower's tensors."""
+    """Sizes read from config.json and the vision tower's tensors."""
 
     text: dict[str, Any]
     slow_fast: dict[str, Any]
@@ -208,7 +208,7 @@ class LimitsFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What TensorRT's engines have besides."""
+    """Fields that TensorRT's engines have besides."""
 
     gpu: GpuFields
     plugin: Text | None
@@ -217,7 +217,7 @@ class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """The JSON object in a manifest.
+    """Read the JSON object in a manifest.
 
     Raises:
         BundleError: it is not a regular file of strict JSON.
@@ -237,7 +237,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
 
 
 def check_fields(content: dict[str, Any], kind: type[_T], directory: Path) -> _T:
-    """The manifest of `directory` as a structure.
+    """Check the manifest of `directory` against a structure and return it.
 
     Raises:
         BundleError: naming the field that is missing, unknown, or has another type or range.
@@ -254,7 +254,7 @@ def damaged(directory: Path, problem: str) -> BundleError:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no number anywhere in a value is infinite or NaN."""
+    """Tell whether no number anywhere in a value is infinite or NaN."""
     if isinstance(value, dict):
         return all(map(is_finite, value.values()))
     if isinstance(value, list):

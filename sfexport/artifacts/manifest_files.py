@@ -1,4 +1,4 @@
-"""Write, find and check the manifests that bundles, engine directories and kits have, and the files they list."""
+"""Write, find and check the manifests of bundles, engine directories and build directories, and the files they list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READ_BY_NAME = ("merges.txt", "vocab.txt")
 
 
 def describe_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The manifest's `files` entry: size and sha256 of each file we wrote."""
+    """Make the manifest's `files` entry: size and sha256 of each file we wrote."""
     return {n: {"size": (directory / n).stat().st_size, "sha256": full_sha256(directory / n)} for n in names}
 
 
@@ -38,18 +38,18 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 
 def content_digest(content: dict[str, Any]) -> str:
-    """sha256 of a manifest's content without its digest, however it is laid out."""
+    """Compute the sha256 of a manifest's content without its digest, however it is laid out."""
     rest = {key: value for key, value in content.items() if key != "digest"}
     return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def place(path: Path, base: Path) -> dict[str, str]:
-    """A path as a manifest stores it: relative, so that a tree can move as a whole, and absolute."""
+    """Describe a path for a manifest: relative, so that a tree can move as a whole, and absolute."""
     return {"relative": os.path.relpath(path.resolve(), base.resolve()), "absolute": str(path.resolve())}
 
 
 def places(stored: dict[str, str], base: Path) -> list[Path]:
-    """The directories that a stored path can stand for, those that exist: as recorded first, then beside `base`.
+    """List the existing directories that a stored path can stand for: as recorded first, then beside `base`.
 
     What lay in `base` itself is never looked for elsewhere.
     """

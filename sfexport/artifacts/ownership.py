@@ -47,7 +47,7 @@ def check_output(target: Path, manifest: str | None) -> None:
 
 
 def unwritable(target: Path, error: OSError) -> InputError:
-    """The error to raise where the system refuses to write."""
+    """Make the error to raise where the system refuses to write."""
     return InputError(f"The output {target} cannot be written: {error.strerror or error}.", "Choose another with -o.")
 
 
@@ -77,7 +77,7 @@ def _check_ours(target: Path, manifest: str | None, entries: list[os.DirEntry[st
 
 
 def _listed(manifest: Path) -> dict[str, tuple[int, str | None]] | None:
-    """Size and sha256 of every file that a manifest of any version of sfexport says it wrote beside itself."""
+    """List size and sha256 of every file that a manifest, of any version of sfexport, says it wrote beside itself."""
     try:
         content = _read(manifest)
         if not isinstance(content["sfexport"], str) or type(content["format"]) is not int:

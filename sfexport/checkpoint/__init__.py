@@ -1,1 +1,1 @@
-"""What is read of a checkpoint: configuration, tokenizer, image processor and where each tensor lies. No torch."""
+"""Read a checkpoint: configuration, tokenizer, image processor and where each tensor lies. No torch."""

@@ -88,7 +88,7 @@ def read_added_tokens(
 
 
 def _added_file(directory: Path, values: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """added_tokens.json: a token is special where it has a role or is listed as an extra one."""
+    """Read added_tokens.json: a token is special where it has a role or is listed as an extra one."""
     listed = values.get(_LISTS[0])
     special = {text_of(values[name]) for name in NAMED_TOKENS if values.get(name)}
     special |= {text_of(token) for token in listed or []} if isinstance(listed, (list, dict)) else set()
@@ -99,13 +99,13 @@ def _added_file(directory: Path, values: Mapping[str, Any]) -> dict[int, AddedTo
 
 
 def _role(entry: tuple[str, Any]) -> int:
-    """The standard roles in their order, then the others in the file's (sorting is stable)."""
+    """Sort key for roles: the standard ones in their order, then the others in the file's (sorting is stable)."""
     name = entry[0]
     return NAMED_TOKENS.index(name) if name in NAMED_TOKENS else len(NAMED_TOKENS)
 
 
 def _special_map(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What special_tokens_map.json adds; its tokens are special whatever it says."""
+    """Read special_tokens_map.json; its tokens are special whatever it says."""
     out: dict[str, Any] = {}
     for name, value in (read_optional_json(directory / SPECIAL_FILE) or {}).items():
         if isinstance(value, dict) and name != "extra_special_tokens":
@@ -121,7 +121,7 @@ def _special_map(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def _special_tokens(
     values: Mapping[str, Any], added: Mapping[str, AddedToken]
 ) -> tuple[dict[str, str | AddedToken], list[str | AddedToken]]:
-    """Named and extra special tokens; a name has the flags of the added token of the same text."""
+    """Collect named and extra special tokens; a name has the flags of the added token of the same text."""
     values = dict(values)
     lists = [values.pop(name, None) for name in _LISTS]
     extra = lists[0] if lists[0] is not None else lists[1]
@@ -159,12 +159,12 @@ def _index(id_: Any, file: str) -> int:
 
 
 def text_of(token: Any) -> str:
-    """A token's text, whatever form the file has it in."""
+    """Return a token's text, whatever form the file has it in."""
     if isinstance(token, AddedToken):
         return token.content
     return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def without(step: Any, *names: str) -> Any:
-    """An object without the fields `names`; anything else as it is."""
+    """Return an object without the fields `names`; anything else as it is."""
     return {k: v for k, v in step.items() if k not in names} if isinstance(step, dict) else step

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read without torch: its config and where each tensor lies on disk.
+"""Open a checkpoint without torch: its config, and where each tensor lies on disk.
 
 Reads config.json and the headers of the safetensors shards; of the weights themselves, `validate` looks at an
 SReLU's few numbers and at nothing else. Only safetensors are read: a pickle can run code when it is opened, so
@@ -42,7 +42,7 @@ __all__ = [
     "read_shard",
 ]
 
-# What to do about weights that are not finite.
+# The hint for weights that are not finite.
 NO_NUMBERS = "The training diverged, or the file is damaged: get it again."
 # Files besides the weights that a bundle takes along.
 SIDE_FILES = (
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read config.json and all shard headers.
+        """Open a checkpoint: read config.json and all shard headers.
 
         Raises:
             CheckpointError: no such directory, not a checkpoint, pickles only, an adapter that is not merged, a
@@ -137,7 +137,7 @@ class Checkpoint:
         return ImageProcessorConfig.from_dict(self.raw_config, self.tower, self.processor)
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of all tensors this model must have."""
+        """List all tensors this model must have: name -> shape."""
         return self.config.expected_tensors() | self.tower.expected_tensors()
 
     @property
@@ -147,11 +147,11 @@ class Checkpoint:
         return "bf16" if stored["BF16"] > stored["F16"] + stored["F32"] else "fp16"
 
     def unused_tensors(self) -> list[str]:
-        """Tensors that are stored and that the model does not have, or never uses (the tower's head)."""
+        """List stored tensors that the model does not have or never uses (the tower's head)."""
         return sorted(self.tensors.keys() - self.expected_tensors().keys())
 
     def notes(self) -> list[str]:
-        """What the checkpoint holds and sfexport leaves out, a line each; `export` and `inspect` print them."""
+        """List what the checkpoint holds and sfexport leaves out, one line each, for `export` and `inspect`."""
         notes = self.weight_files.notes() if self.weight_files else []
         if self.fields.tie_word_embeddings and HEAD in self.tensors:
             notes.append(f"config.json ties the head to the embedding; the stored {HEAD} is used, as transformers does")
@@ -217,7 +217,7 @@ class Checkpoint:
         return [name for name in ("quantize_config.json", "quant_config.json") if (self.path / name).is_file()]
 
     def _check_counts(self) -> None:
-        """Before any loop over what config.json counts: there must be at least a tensor of each."""
+        """Check, before any loop over a count of config.json, that there is a tensor of each counted part."""
         projector, layers = self.config.projector, self.config.text.num_layers
         last = f"model.layers.{layers - 1}.input_layernorm.weight"
         if layers > len(self.tensors):
@@ -233,7 +233,7 @@ class Checkpoint:
             )
 
     def _check_left_out(self) -> None:
-        """Tensors of a part that config.json turns off, or makes smaller than it is stored."""
+        """Refuse tensors of a part that config.json turns off, or makes smaller than it is stored."""
         for name in self.unused_tensors():
             if _CROSS_ATTENTION.match(name):
                 field = "cross_attn_gating_type" if name.endswith("warm_up_gate") else "cross_attn_*"
@@ -250,7 +250,7 @@ class Checkpoint:
             )
 
     def _check_srelu(self) -> None:
-        """Training can blow these up without a sign: a comparison with NaN just never holds."""
+        """Check that an SReLU's numbers are finite: comparisons with NaN are false, so outputs would not show it."""
         for name in self.config.projector.srelu_tensors():
             tensor = self.tensors[name]
             if not np.isfinite(tensor.rows()).all():
@@ -275,7 +275,7 @@ class Checkpoint:
             )
 
     def side_files(self) -> list[Path]:
-        """The files beside the weights that this checkpoint has and a bundle takes along.
+        """List the files beside the weights that a bundle takes along.
 
         Raises:
             CheckpointError: one is a link to nothing or out of the checkpoint, too large, or not a JSON object.
@@ -295,7 +295,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _folded(names: list[str]) -> str:
-    """'model.layers.*.self_attn.q_norm.weight, ...': names that differ in their numbers once, the first few."""
+    """Fold names that differ in numbers only, 'model.layers.*.self_attn.q_norm.weight, ...', and keep the first few."""
     folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
     more = ", ..." if len(folded) > _NAMED else ""
     return ", ".join(shown(name)[1:-1] for name in folded[:_NAMED]) + more

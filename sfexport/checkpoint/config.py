@@ -1,4 +1,4 @@
-"""What config.json says about a model, as dataclasses, and the tensors such a model must have.
+"""Hold config.json's account of a model in dataclasses, and the tensors such a model must have.
 
 Pure Python: no torch, no onnx. The torch model, the graphs and the host code all read these, so that a
 field's meaning and its default (which follow the reference implementation) are decided in one place.
@@ -188,7 +188,7 @@ class SlowFastConfig:
 
 
 def _hybrid_layers(fields: ConfigFields) -> tuple[int, ...]:
-    """range(min depth, max depth, every n); the presence of cross_attn_every_n_layers turns the branch on."""
+    """Return range(min depth, max depth, every n); the presence of cross_attn_every_n_layers turns the branch on."""
     if fields.cross_attn_every_n_layers is None:
         return ()
     layers, stop = fields.needed("num_hidden_layers"), fields.cross_attn_max_layer_depth
@@ -235,17 +235,17 @@ class ProjectorConfig:
         return cls("mlp", int(match.group(1)), size, match.group(2))
 
     def linear_names(self) -> list[str]:
-        """Names of the linear layers, without '.weight'."""
+        """List the names of the linear layers, without '.weight'."""
         if self.kind == "linear":
             return ["model.mm_projector"]
         return [f"model.mm_projector.{2 * i}" for i in range(self.depth)]
 
     def srelu_names(self) -> list[str]:
-        """Names of the SReLUs, without '.t_right'; the one at i follows the linear layer at i."""
+        """List the names of the SReLUs, without '.t_right'; the one at i follows the linear layer at i."""
         return [f"model.mm_projector.{2 * i + 1}" for i in range(self.depth - 1) if self.activation == "srelu"]
 
     def srelu_tensors(self) -> list[str]:
-        """Names of the SReLUs' tensors, each of shape [hidden_size]."""
+        """List the names of the SReLUs' tensors, each of shape [hidden_size]."""
         return [f"{name}.{parameter}" for name in self.srelu_names() for parameter in SRELU_PARAMETERS]
 
 
@@ -259,7 +259,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Raises CheckpointError naming the field that is missing or has no meaning here."""
+        """Read config.json's content. Raises CheckpointError for a field that is missing or has no meaning here."""
         if raw.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
                 f"config.json: model_type is {shown(raw.get('model_type'))}, not {MODEL_TYPE!r}.",

@@ -89,7 +89,9 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
 
     Attributes:
         mm_training_video_frames: frames sampled from a video where the user asks for no other number.
-        decode_mode, vision_tower_sizes, mm_vision_num_attention_heads: sfexport's own.
+        decode_mode: sfexport's own field.
+        vision_tower_sizes: sfexport's own field.
+        mm_vision_num_attention_heads: sfexport's own field.
     """
 
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(f"{_TRANSFORMERS} {_GENERATION} {_REFERENCE}".split())
@@ -156,7 +158,7 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> ConfigFields:
-        """The fields, checked.
+        """Read and check the fields.
 
         Raises:
             CheckpointError: naming a field of the wrong type or out of range, or one that changes the mathematics.
@@ -172,7 +174,7 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
         return fields
 
     def needed(self, name: str) -> Any:
-        """The value of a field that the model cannot do without."""
+        """Return the value of a field that the model cannot do without."""
         value = getattr(self, name)
         if value is None:
             raise CheckpointError(f"config.json has no value for '{name}', which this model needs.", HINT)
@@ -180,7 +182,7 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
 
     @property
     def rotary_base(self) -> float:
-        """transformers 5 keeps it in rope_parameters, which come first; the released files have rope_theta."""
+        """Return RoPE's base: rope_parameters (transformers 5) come first, then rope_theta (the released files)."""
         inner = (self.rope_parameters or {}).get("rope_theta")
         value = inner if inner is not None else self.rope_theta
         outer = (self.rope_scaling or {}).get("rope_theta")
@@ -204,7 +206,7 @@ class ConfigFields(Fields, frozen=True, kw_only=True):
 
 
 def wrong(name: str, value: Any, wanted: str) -> CheckpointError:
-    """An error for a field whose value cannot be used."""
+    """Make the error for a field whose value cannot be used."""
     return CheckpointError(
         f"config.json: '{name}' is {shown(value)}; sfexport exports models where it is {wanted}.", HINT
     )

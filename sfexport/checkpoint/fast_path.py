@@ -1,4 +1,4 @@
-"""The fast path as matrices the compressor graph takes: NumPy only, computed on the host.
+"""Compute the fast path as matrices that the compressor graph takes, on the host, with NumPy only.
 
 The formulas are in docs/reference.md, section 4. Frame sampling and temporal pooling are linear in the frames, spatial
 pooling is linear in a frame's cells, so two small matrices cover every case with one graph.
@@ -14,7 +14,7 @@ from sfexport.checkpoint.config import FastPathConfig
 
 
 def source_frames(total: int, fast: FastPathConfig) -> list[list[int]]:
-    """For each fast frame, the frames whose mean it is (equal weights)."""
+    """List for each fast frame the frames whose mean it is (equal weights)."""
     if total == 1:
         return [[0]]
     sampled = _sample(total, fast)
@@ -38,7 +38,7 @@ def _sample(total: int, fast: FastPathConfig) -> list[int]:
 
 
 def frame_weights(total: int, fast: FastPathConfig) -> np.ndarray:
-    """float32 [F, total]: row f holds 1/n for the n frames that fast frame f averages (repeats add up)."""
+    """Return float32 [F, total]: row f holds 1/n for the n frames that fast frame f averages (repeats add up)."""
     sources = source_frames(total, fast)
     out = np.zeros((len(sources), total), dtype=np.float32)
     for row, frames in zip(out, sources, strict=True):
@@ -47,7 +47,7 @@ def frame_weights(total: int, fast: FastPathConfig) -> np.ndarray:
 
 
 def cell_weights(cells: int, spatial_stride: int) -> np.ndarray:
-    """float32 [P', P]: k x k means over a square grid of `cells`, odd rows and columns dropped."""
+    """Return float32 [P', P]: k x k means over a square grid of `cells`, odd rows and columns dropped."""
     side, k = math.isqrt(cells), spatial_stride
     grid = np.arange(cells).reshape(side, side)
     pooled = side // k
@@ -59,6 +59,6 @@ def cell_weights(cells: int, spatial_stride: int) -> np.ndarray:
 
 
 def fast_token_count(frames: int, cells: int, fast: FastPathConfig) -> int:
-    """How many fast tokens `frames` frames of `cells` tokens make."""
+    """Count the fast tokens that `frames` frames of `cells` tokens make."""
     side = math.isqrt(cells) // fast.spatial_stride
     return len(source_frames(frames, fast)) * (cells if fast.spatial_stride == 1 else side * side)

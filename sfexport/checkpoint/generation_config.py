@@ -26,7 +26,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 
 class GenerationConfig(Fields, frozen=True, kw_only=True):
-    """generation_config.json. The defaults are transformers', except for the length of an answer."""
+    """The fields of generation_config.json. The defaults are transformers', except for the length of an answer."""
 
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -126,7 +126,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
 
 
 def read_generation_config(values: Mapping[str, Any]) -> GenerationConfig:
-    """The fields of generation_config.json.
+    """Read the fields of generation_config.json.
 
     Raises:
         CheckpointError: a field has the wrong type, is out of range, or asks for what is not built.
@@ -148,7 +148,7 @@ def read_generation_config(values: Mapping[str, Any]) -> GenerationConfig:
 
 
 def generation_notes(directory: Path) -> list[str]:
-    """Lines for `export` and `inspect`: what of generation_config.json is ignored, or why it cannot be used."""
+    """List, for `export` and `inspect`, the fields that are ignored, or why the file cannot be used."""
     try:
         values = read_optional_json(directory / FILE)
         return [] if values is None else ignored_fields(values)
@@ -157,7 +157,7 @@ def generation_notes(directory: Path) -> list[str]:
 
 
 def ignored_fields(values: Mapping[str, Any]) -> list[str]:
-    """Lines about the fields that are ignored: those of sampling for a greedy model, and unknown ones."""
+    """List the fields that are ignored: those of sampling for a greedy model, and unknown ones."""
     config, notes = read_generation_config(values), []
     default = GenerationConfig()
     idle = [name for name in SAMPLING if getattr(config, name) != getattr(default, name)]

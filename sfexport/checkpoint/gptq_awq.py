@@ -60,7 +60,7 @@ class PrequantizedMatrix:
         return self.scales.shape[0] * self.group, self.scales.shape[1]
 
     def codes_of(self, start: int, stop: int) -> np.ndarray:
-        """uint8 codes 0..15 of the inputs start..stop-1, multiples of the group: [stop - start, out]."""
+        """Read uint8 codes 0..15 of the inputs start..stop-1, multiples of the group: [stop - start, out]."""
         if self.method == "awq":
             return _unpack(_numbers(self.codes, start, stop), _AWQ_ORDER)
         # A number's eight codes are consecutive inputs.
@@ -71,34 +71,34 @@ class PrequantizedMatrix:
         return codes.reshape(stop - start, -1)
 
     def zero_points(self) -> np.ndarray:
-        """uint8 [in / group, out]."""
+        """Read the zero points, uint8 [in / group, out]."""
         order = _AWQ_ORDER if self.method == "awq" else _IN_ORDER
         stored = _unpack(_numbers(self.zeros, 0, self.zeros.shape[0]), order)
         return (stored + self.zero_offset) & 15
 
     def scale_values(self) -> np.ndarray:
-        """float32 [in / group, out]. Raises ValueError for a scale that is no number or not positive."""
+        """Read the scales, float32 [in / group, out]. Raises ValueError for one that is not a positive number."""
         scales = self.scales.rows()
         if not (np.isfinite(scales) & (scales > 0)).all():
             raise ValueError("scales that are not positive numbers")
         return scales
 
     def weights(self) -> np.ndarray:
-        """The numbers that the codes stand for, float32 [out, in]."""
+        """Dequantize the codes: float32 [out, in]."""
         zeros, scales = (np.repeat(part, self.group, axis=0) for part in (self.zero_points(), self.scale_values()))
         codes = self.codes_of(0, self.shape[0]).astype(np.float32)
         return np.ascontiguousarray(((codes - zeros.astype(np.float32)) * scales).T)
 
 
 def _numbers(tensor: Tensor, start: int, stop: int) -> np.ndarray:
-    """Rows of a stored I32 tensor as uint32, read and not mapped."""
+    """Read rows of a stored I32 tensor as uint32, without mapping the file."""
     width = tensor.shape[1]
     values = np.fromfile(tensor.shard, "<u4", (stop - start) * width, offset=tensor.offset + 4 * start * width)
     return values.reshape(stop - start, width)
 
 
 def _unpack(numbers: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """uint32 [n, out / 8] -> uint8 [n, out]."""
+    """Unpack uint32 [n, out / 8] into uint8 [n, out]."""
     codes = np.empty((*numbers.shape, 8), np.uint8)
     for i, place in enumerate(order):
         codes[..., place] = numbers >> 4 * i & 15
@@ -165,7 +165,7 @@ def _read_matrix(
 
 
 def _check_order(checkpoint: Checkpoint, stem: str, inputs: int, settings: Quantization) -> None:
-    """Groups must be runs of consecutive inputs, as they are unless GPTQ was asked for `desc_act`."""
+    """Check that groups are runs of consecutive inputs, as they are unless GPTQ was asked for `desc_act`."""
     tensor = checkpoint.tensors.get(f"{stem}.g_idx")
     if tensor is None and not settings.desc_act:
         return

@@ -1,4 +1,4 @@
-"""How a frame becomes pixels for the vision tower, as the checkpoint's preprocessor_config.json says.
+"""Read from preprocessor_config.json how a frame becomes pixels for the vision tower.
 
 Pure Python, as config.py is; the pixels themselves are made in sfexport/video/preprocessing.py.
 """
@@ -68,7 +68,8 @@ class ImageProcessorConfig:
     Attributes:
         size: 'shortest edge' resizing target in pixels, followed by a centre crop to `crop`; with
             `keep_aspect` False (SigLIP) the frame is resized to crop x crop at once.
-        mean, std: per RGB channel, on values scaled to 0..1.
+        mean: per RGB channel, on values scaled to 0..1.
+        std: likewise.
     """
 
     size: int
@@ -81,7 +82,7 @@ class ImageProcessorConfig:
     def from_dict(
         cls, raw: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None
     ) -> ImageProcessorConfig:
-        """`processor` is preprocessor_config.json's content, where the checkpoint has one.
+        """Read the settings from `processor`, preprocessor_config.json's content, where the checkpoint has one.
 
         Without it: CLIP's mean and deviation at 576 pixels for ConvNeXt (the reference hard-codes both), the
         tower's own size otherwise.
@@ -97,7 +98,7 @@ class ImageProcessorConfig:
 
 
 def image_notes(raw: Mapping[str, Any], tower: Tower, processor: Mapping[str, Any] | None) -> list[str]:
-    """Lines on what preprocessor_config.json holds that is not used, or that the reference does not read there."""
+    """List the fields of preprocessor_config.json that are not used, or that the reference does not read there."""
     if processor is None:
         return []
     unknown = unknown_fields(ProcessorFields, processor)
@@ -113,7 +114,7 @@ def image_notes(raw: Mapping[str, Any], tower: Tower, processor: Mapping[str, An
 
 
 def _kind(fields: ProcessorFields, tower: Tower) -> str:
-    """'clip' or 'siglip': whose defaults hold."""
+    """Return 'clip' or 'siglip': whose defaults hold."""
     name = fields.image_processor_type
     name = fields.feature_extractor_type if name is None else name
     if name is None:
@@ -132,7 +133,7 @@ def _own_size(raw: Mapping[str, Any], tower: Tower) -> int:
 
 
 def _sides(fields: ProcessorFields, kind: str, own: int) -> tuple[bool, int, int]:
-    """Whether the aspect is kept, the size that the frame is resized to, and the side of the square that is kept."""
+    """Return whether the aspect is kept, the size a frame is resized to, and the side of the square that is kept."""
     for name, wanted in (("do_resize", True), ("use_square_size", False), ("do_pad", False)):
         _demand(name, getattr(fields, name), wanted)
     _demand("resample", fields.resample, BICUBIC)
@@ -163,7 +164,7 @@ def _keys(size: Mapping[str, Any]) -> set[str]:
 
 
 def _side(name: str, size: Mapping[str, Any], names: set[str]) -> int:
-    """The side of a square given by one or two equal numbers."""
+    """Return the side of a square given by one or two equal numbers."""
     if _keys(size) != names or len({size[n] for n in names if type(size[n]) is int}) != 1:
         raise _unusable(name, dict(size), "a positive whole number of pixels, or a square's height and width")
     value: int = size[next(iter(names))]
@@ -173,7 +174,7 @@ def _side(name: str, size: Mapping[str, Any], names: set[str]) -> int:
 
 
 def _levels(fields: ProcessorFields, kind: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and deviation on values scaled to 0..1, whatever the file scales them to.
+    """Return mean and deviation on values scaled to 0..1, whatever the file scales them to.
 
     (v f - m) / s = (v / 255 - m / k) / (s / k) with k = 255 f.
     """

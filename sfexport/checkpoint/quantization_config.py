@@ -77,7 +77,9 @@ class Quantization:
     """How the codes are to be read.
 
     Attributes:
-        method: 'gptq' or 'awq'. group: inputs to a scale. zero_offset: what is added to stored zero points.
+        method: 'gptq' or 'awq'.
+        group: number of inputs that share a scale.
+        zero_offset: added to stored zero points.
         desc_act: GPTQ chose an order of the inputs, which each layer's g_idx then gives.
     """
 
@@ -88,7 +90,7 @@ class Quantization:
 
 
 def read_quantization(checkpoint: Checkpoint) -> Quantization | None:
-    """The settings of a checkpoint with 4-bit codes; None for an ordinary one.
+    """Read the settings of a checkpoint with 4-bit codes; None for an ordinary one.
 
     Raises:
         CheckpointError: codes without settings, settings without codes, or a form that cannot be taken over.
@@ -179,7 +181,7 @@ def _awq_format(fields: QuantizationFields, file: str) -> int:
 
 
 def _gptq_offset(fields: QuantizationFields, file: str) -> int:
-    """GPTQ's first format stores zero points less 1."""
+    """Return the offset of zero points: GPTQ's first format stores them less 1."""
     layout = _first(fields.checkpoint_format, fields.format, "gptq")
     if layout.lower() not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"{file}: GPTQ's layout {shown(layout)} is not 'gptq' or 'gptq_v2'.", HINT)

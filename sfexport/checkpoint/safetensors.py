@@ -40,7 +40,7 @@ class Tensor:
     length: int
 
     def rows(self, index: np.ndarray | None = None) -> np.ndarray:
-        """The tensor, or its rows `index`, as float32, read from the mapped file.
+        """Read the tensor, or its rows `index`, from the mapped file, as float32.
 
         Only the rows asked for are copied.
         """
@@ -56,7 +56,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file. name: in the checkpoint; path: the real file, where that is a link."""
+    """A safetensors file.
+
+    Attributes:
+        name: in the checkpoint.
+        path: the real file, where the checkpoint has a link.
+        size: in bytes.
+    """
 
     name: str
     path: Path
@@ -64,7 +70,7 @@ class Shard:
 
 
 def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
-    """A safetensors file and the tensors in its header. Raises CheckpointError where it is missing or damaged."""
+    """Read a safetensors file's header: the file and its tensors. Raises CheckpointError for a bad file."""
     try:
         real = path.resolve(strict=True)
         found = real.stat()
@@ -85,7 +91,7 @@ def read_shard(path: Path, name: str) -> tuple[Shard, dict[str, Tensor]]:
 def write_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: Path, author: str
 ) -> tuple[bytes, dict[str, Tensor]]:
-    """Lay tensors out in a safetensors file, one after the other; the file's first bytes, and where each tensor goes.
+    """Lay tensors out in a safetensors file; return the file's first bytes and each tensor's place.
 
     The safetensors library writes arrays that are all in memory; files here are filled in tensor by tensor.
 
@@ -121,7 +127,7 @@ def _read_header(file: BinaryIO, path: Path) -> bytes:
 
 
 def _parse_header(header: bytes, real: Path, path: Path) -> list[Tensor]:
-    """The tensors in the order of their data."""
+    """Parse the header into tensors, in the order of their data."""
     try:
         entries = _parse_json(header)
         metadata = entries.pop("__metadata__", None) or {}
@@ -169,7 +175,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _tensor(name: str, entry: dict[str, Any], shard: Path, data_start: int) -> Tensor:
-    """Raises ValueError, TypeError or KeyError for an entry that makes no sense."""
+    """Parse one entry. Raises ValueError, TypeError or KeyError for one that makes no sense."""
     (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
     if entry.keys() != _ENTRY or not isinstance(shape, list) or not isinstance(entry["data_offsets"], list):
         raise ValueError(f"{shown(name)} is described by {shown(entry)}")
@@ -185,7 +191,7 @@ def _tensor(name: str, entry: dict[str, Any], shard: Path, data_start: int) -> T
 
 
 def _bits(shape: list[int], bits: int) -> int:
-    """Bits of a tensor; -1 where a product on the way does not fit 64 bits, which the library refuses."""
+    """Compute the bits of a tensor; -1 where a product on the way does not fit 64 bits, which the library refuses."""
     total = 1
     for size in (*shape, bits):
         total *= size
@@ -195,7 +201,7 @@ def _bits(shape: list[int], bits: int) -> int:
 
 
 def _check_layout(tensors: list[Tensor], start: int, size: int, path: Path) -> None:
-    """The data must follow each other without overlap or hole, and end with the file."""
+    """Check that the data follow each other without overlap or hole, and end with the file."""
     previous = None
     for tensor in tensors:
         if tensor.offset < start:

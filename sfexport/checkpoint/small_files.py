@@ -21,7 +21,7 @@ _AGAIN = "It may be damaged; get it again."
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError saying what is wrong with it."""
+    """Read a JSON object from a file. Raises CheckpointError saying what is wrong with it."""
     try:
         check_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -37,12 +37,12 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file of the checkpoint, or None where there is no such name."""
+    """Read a JSON object from a file of the checkpoint; None where there is no such name."""
     return read_json(path) if is_present(path) else None
 
 
 def is_present(path: Path) -> bool:
-    """True for a file that may be read as part of the checkpoint in its directory; False where there is no such name.
+    """Tell whether a file may be read as part of the checkpoint in its directory; False where there is no such name.
 
     Raises:
         CheckpointError: a link to nothing or out of the checkpoint, or not a regular file.
@@ -62,7 +62,8 @@ def check_file(path: Path) -> None:
     """Refuse what is not a regular file, or is too large to be what its name says.
 
     Raises:
-        CheckpointError: naming the file. OSError: it does not exist, or may not be looked at.
+        CheckpointError: naming the file.
+        OSError: it does not exist, or may not be looked at.
     """
     limit = TOKENIZER_LIMIT if path.name in _TOKENIZER_FILES else JSON_LIMIT
     found = path.stat()
@@ -75,7 +76,9 @@ def check_file(path: Path) -> None:
 
 
 def _check_link(path: Path) -> None:
-    """A Hugging Face cache has <repository>/snapshots/<revision>/<name> -> <repository>/blobs/<digest>."""
+    """Check where a link leads.
+
+    A Hugging Face cache has <repository>/snapshots/<revision>/<name> -> <repository>/blobs/<digest>."""
     if not path.is_symlink():
         return
     directory, real = path.parent.resolve(), path.resolve()

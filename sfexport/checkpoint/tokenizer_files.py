@@ -41,7 +41,10 @@ AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer
 
 
 class TokenizerConfig(Fields, frozen=True, kw_only=True):
-    """tokenizer_config.json. Special tokens (`*_token`) are read beside it, since null means something there."""
+    """The fields of tokenizer_config.json.
+
+    Special tokens (`*_token`) are read beside it, since null means something there.
+    """
 
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -107,13 +110,13 @@ class TokenizerJson(Fields, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a directory's files say.
+    """The content of a directory's tokenizer files.
 
     Attributes:
         content: tokenizer.json, without its truncation and padding; None where vocab.json and merges.txt stand for it.
         qwen2: built as Qwen2Tokenizer of transformers 5 builds it, from vocabulary, merges and added tokens alone.
-        tokens: what stands beside the vocabulary.
-        notes: what is ignored, a line each.
+        tokens: those beside the vocabulary.
+        notes: fields that are ignored, a line each.
     """
 
     directory: Path
@@ -125,12 +128,12 @@ class TokenizerFiles:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has the files that a tokenizer can be made of."""
+    """Tell whether a directory has the files that a tokenizer can be made of."""
     return is_present(directory / TOKENIZER_FILE) or all(is_present(directory / n) for n in (VOCAB_FILE, MERGES_FILE))
 
 
 def tokenizer_notes(directory: Path) -> list[str]:
-    """Lines for `export` and `inspect`: what of the tokenizer files is ignored, or why they cannot be used."""
+    """List, for `export` and `inspect`, what of the tokenizer files is ignored, or why they cannot be used."""
     if not has_tokenizer(directory):
         return [
             f"no {TOKENIZER_FILE}, and no {VOCAB_FILE} with {MERGES_FILE}: questions cannot be asked (sfexport ask)"

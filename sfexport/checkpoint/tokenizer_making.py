@@ -47,11 +47,11 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def make_tokenizer(directory: Path, marked: bool = False, rows: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: no truncation, no padding, every control token one id.
+    """Make the tokenizer of a checkpoint directory: no truncation, no padding, every control token one id.
 
     Args:
         marked: the prompt has <im_start> and <im_end> around the video.
-        rows: of the model's table of tokens, where control tokens must have theirs; None: not checked.
+        rows: number of rows of the model's token table, which control tokens must lie in; None: not checked.
 
     Raises:
         CheckpointError: there are no tokenizer files, they are damaged, or no tokenizer follows from them that
@@ -68,7 +68,7 @@ def make_tokenizer(directory: Path, marked: bool = False, rows: int | None = Non
 
 
 def check_control_tokens(tokenizer: Tokenizer, marked: bool, rows: int | None = None) -> None:
-    """Raises CheckpointError naming a control token of the prompt that is not exactly one id, or beyond the table."""
+    """Check the prompt's control tokens. Raises CheckpointError for one that is not one id, or beyond the table."""
     for token in (START, END, *((VIDEO_START, VIDEO_END) if marked else ())):
         ids = tokenizer.encode(token, add_special_tokens=False).ids
         if len(ids) != 1 or ids[0] != tokenizer.token_to_id(token):
@@ -86,7 +86,7 @@ def check_control_tokens(tokenizer: Tokenizer, marked: bool, rows: int | None = 
 
 
 def _qwen2(files: TokenizerFiles) -> Tokenizer:
-    """Qwen2Tokenizer of transformers 5: its own steps, with the vocabulary, merges and added tokens of the files."""
+    """Build Qwen2Tokenizer by transformers 5's steps, with the vocabulary, merges and added tokens of the files."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary, merges = _vocabulary(files)

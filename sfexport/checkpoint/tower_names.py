@@ -1,4 +1,4 @@
-"""Which vision tower `mm_vision_tower` names: a tower's own name, a hub name or a path."""
+"""Tell which vision tower `mm_vision_tower` names: by a tower's own name, a hub name or a path."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KNOWN = "Known: convnext-576, openai/clip-*, google/siglip-*."
 
 
 def tower_kind(raw: Mapping[str, Any], shapes: Shapes | None = None) -> str:
-    """'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`.
+    """Return 'convnext', 'clip' or 'siglip', by the reference's rules for `mm_vision_tower`.
 
-    Of a path or hub name the last component decides; one that says nothing (a revision, 'vision') leaves it to the
+    The last component of a path or hub name decides; one that says nothing (a revision, 'vision') leaves it to the
     tensors, and without them to the components before it.
     """
     name = raw.get("mm_vision_tower")
@@ -40,7 +40,7 @@ def tower_kind(raw: Mapping[str, Any], shapes: Shapes | None = None) -> str:
 
 
 def named_size(raw: Mapping[str, Any]) -> int | None:
-    """The pixels at the end of a tower's name: 576 of 'convnext-576'."""
+    """Read the pixels at the end of a tower's name: 576 of 'convnext-576'."""
     parts = _components(str(raw.get("mm_vision_tower")))
     match = re.search(r"-(\d+)$", parts[-1]) if parts else None
     return int(match.group(1)[:12]) or None if match else None

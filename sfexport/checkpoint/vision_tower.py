@@ -44,7 +44,7 @@ class ConvNextTower:
         return self.widths[-1]
 
     def grid(self, image_size: int) -> int:
-        """Tokens per side for a square image of `image_size` pixels."""
+        """Compute the tokens per side of a square image of `image_size` pixels."""
         side = image_size // self.stem_patch
         for _ in self.depths[1:]:
             side //= 2
@@ -143,7 +143,7 @@ CONVNEXT_XXL = ConvNextTower(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072)
 
 
 def read_tower(raw: Mapping[str, Any], shapes: Shapes) -> Tower:
-    """The tower's sizes from tensor shapes (or from `vision_tower_sizes`, which files saved by sfexport have).
+    """Read the tower's sizes from tensor shapes (or from `vision_tower_sizes`, which files saved by sfexport have).
 
     Raises:
         CheckpointError: naming the tensor that is missing or cannot be understood.
@@ -161,7 +161,7 @@ def read_tower(raw: Mapping[str, Any], shapes: Shapes) -> Tower:
 
 
 def tower_from_sizes(sizes: Any) -> Tower:
-    """The opposite of dataclasses.asdict, also after a way through JSON.
+    """Make a tower from what dataclasses.asdict made of one, also after a way through JSON.
 
     Raises:
         CheckpointError: these are not a tower's sizes.
@@ -178,7 +178,7 @@ def tower_from_sizes(sizes: Any) -> Tower:
 
 
 def _check_sizes(tower: Tower, sizes: Mapping[str, Any]) -> None:
-    """Raises ValueError or TypeError for a field that no tower has."""
+    """Check a tower's fields. Raises ValueError or TypeError for a field that no tower has."""
     # Every field but these is a size, or one size per stage.
     names = sizes.keys() - {"kind", "layer_norm_eps", "select_layer", "activation"}
     for size in chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in (sizes[n] for n in names)):
@@ -223,7 +223,7 @@ def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many indices `pattern` (one group) finds; 0 where it finds none.
+    """Count the indices that `pattern` (one group) finds.
 
     Raises:
         CheckpointError: they are not 0, 1, 2, ...: a number may be missing, or absurd.

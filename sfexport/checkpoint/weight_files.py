@@ -44,7 +44,7 @@ class WeightFiles:
     ignored: tuple[str, ...]
 
     def notes(self) -> list[str]:
-        """A line for people, where files were ignored."""
+        """Return a line for people, where files were ignored."""
         if not self.ignored:
             return []
         taken = INDEX_FILE if self.indexed else SINGLE_FILE
@@ -54,7 +54,7 @@ class WeightFiles:
 
 
 def choose_weights(path: Path) -> WeightFiles:
-    """The weights of the checkpoint in a directory.
+    """Choose the weight files of the checkpoint in a directory.
 
     Raises:
         CheckpointError: none that can be read, an index that makes no sense, or an adapter that is to be merged.
@@ -81,7 +81,7 @@ def choose_weights(path: Path) -> WeightFiles:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Raises CheckpointError where a directory has an adapter: transformers with peft applies it to the model."""
+    """Refuse a directory with an adapter (CheckpointError): transformers with peft would apply it to the model."""
     if not os.path.lexists(path / ADAPTER_FILE):
         return
     base = read_json(path / ADAPTER_FILE).get("base_model_name_or_path") if is_present(path / ADAPTER_FILE) else None

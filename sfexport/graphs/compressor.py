@@ -32,7 +32,7 @@ def build_compressor(config: ModelConfig, weights: Weights, dtype: ir.DataType =
 
 
 def _write_fast_path(g: GraphWriter, config: ModelConfig, slow: ir.Value) -> None:
-    """Means in float32 whatever the tokens' type: the weights (1/3, say) are not exact in any other."""
+    """Write means in float32 whatever the tokens' type: the weights (1/3, say) are not exact in any other."""
     hidden = config.text.hidden_size
     weights = g.input(FRAME_WEIGHTS, ir.DataType.FLOAT, ["fast_frames", "frames"])
     by_frame = g.op("Flatten", g.to_float32(slow), axis=1)
@@ -48,7 +48,7 @@ def _write_fast_path(g: GraphWriter, config: ModelConfig, slow: ir.Value) -> Non
 def _write_slow_key_values(
     g: GraphWriter, config: ModelConfig, flat: ir.Value, layer: int, names: tuple[str, str]
 ) -> None:
-    """RMSNorm and projection of one hybrid layer; the projection's rows lie head by head, K then V."""
+    """Write RMSNorm and projection of one hybrid layer; the projection's rows lie head by head, K then V."""
     text, p = config.text, f"model.layers.{layer}."
     normed = g.rms_norm(flat, f"{p}input_layernorm", text.rms_norm_eps)
     packed = g.linear(normed, f"{p}self_attn.cross_attn_kv_proj")

@@ -22,7 +22,7 @@ MASKED = -1e30  # added in float32: large enough to vanish in the softmax, finit
 
 
 def cross_attention_function(opset: int) -> ir.Function:
-    """The body in plain operators; computes in float32 whatever type it is given."""
+    """Build the function's body in plain operators; it computes in float32 whatever type it is given."""
     names = ("query", "key", "value", "attends", "lengths")
     inputs = [ir.Value(name=name) for name in names]
     query, key, value, attends, lengths = inputs

@@ -155,7 +155,7 @@ def _key_value_inputs(
 
 
 def _write_rotary(g: GraphWriter, config: ModelConfig, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11; see _rotate."""
+    """Write cos and sin of position * theta^(-2i/d), in float32 because positions pass 2^11; see _rotate."""
     dim = config.text.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     inverse = (1.0 / np.power(np.float32(config.text.rope_theta), exponents)).astype(np.float32)
@@ -166,7 +166,7 @@ def _write_rotary(g: GraphWriter, config: ModelConfig, positions: ir.Value) -> t
 
 
 def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.Value) -> ir.Value:
-    """Causal and padding mask as a bias: key l is seen by query s if l <= past + s and mask[l]."""
+    """Write the causal and padding mask as a bias: key l is seen by query s if l <= past + s and mask[l]."""
     past = g.op("Squeeze", g.dims(past_key, 2, 3), g.ints(0))
     total = g.op("Add", past, g.op("Squeeze", g.dims(embeds, 1, 2), g.ints(0)))
     zero, one = (g.constant(np.array(i, dtype=np.int64)) for i in (0, 1))
@@ -181,7 +181,7 @@ def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.V
 def _write_layer(
     g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, i: int
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """x [batch * sequence, H] -> the same, and the layer's present K and V."""
+    """Write a layer: x [batch * sequence, H] -> the same shape, and the layer's present K and V."""
     p, eps = f"model.layers.{i}.", config.text.rms_norm_eps
     with g.scope("self_attn"):
         normed = g.rms_norm(x, f"{p}input_layernorm", eps)

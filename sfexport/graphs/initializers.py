@@ -46,7 +46,7 @@ class Packed:
         return inputs, width * 8 // self.bits
 
     def initializers(self) -> list[ir.ExternalTensor]:
-        """The inputs of a DequantizeLinear."""
+        """Make the inputs of a DequantizeLinear."""
         signed = ir.DataType.INT4 if self.zeros is None else ir.DataType.UINT4
         dtype = ir.DataType.INT8 if self.bits == 8 else signed
         out = [_external(self.codes.name, self.codes, dtype, self.shape)]
@@ -61,7 +61,7 @@ class Packed:
 
 
 def part_name(name: str, rows: Rows | None) -> str:
-    """What a tensor, or some of its rows, is called in a graph."""
+    """Name a tensor, or some of its rows, in a graph."""
     return name if rows is None else f"{name}[{rows[0]}:{rows[1]}]"
 
 
@@ -83,7 +83,7 @@ class Weights:
         return self._packed.get(part_name(name, rows))
 
     def tensor(self, name: str, rows: Rows | None = None) -> ir.ExternalTensor:
-        """The tensor, or its rows first..last-1, which lie together in the file.
+        """Point to the tensor, or its rows first..last-1, which lie together in the file.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -102,7 +102,7 @@ class Weights:
 def _external(
     name: str, place: Tensor, dtype: ir.DataType, shape: tuple[int, ...], skip: int = 0, length: int | None = None
 ) -> ir.ExternalTensor:
-    """`length` bytes of a stored tensor (all), after the first `skip`."""
+    """Point to `length` bytes of a stored tensor (None: all), after the first `skip`."""
     return ir.ExternalTensor(
         location=place.shard.name,
         offset=place.offset + skip,
@@ -115,7 +115,7 @@ def _external(
 
 
 def external_to_inputs(model: onnx.ModelProto) -> None:
-    """Turn initialisers with external data into inputs of the same type and shape, so that no other file is needed."""
+    """Turn initialisers with external data into inputs of the same type, so that no other file is needed."""
     kept = []
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -127,7 +127,7 @@ def external_to_inputs(model: onnx.ModelProto) -> None:
 
 
 def even_parts(total: int, parts: int) -> list[Rows]:
-    """`parts` runs of consecutive rows, begun at multiples of 64 where there are enough of them."""
+    """Split rows into `parts` consecutive runs, begun at multiples of 64 where there are enough of them."""
     unit = 64 if total >= 64 * parts else 1
     units = math.ceil(total / unit)
     starts = [i * units // parts * unit for i in range(parts)]
@@ -135,5 +135,5 @@ def even_parts(total: int, parts: int) -> list[Rows]:
 
 
 def head_name(text: TextConfig) -> str:
-    """The linear layer that makes logits, without '.weight'."""
+    """Name the linear layer that makes logits, without '.weight'."""
     return "model.embed_tokens" if text.tie_word_embeddings else "lm_head"

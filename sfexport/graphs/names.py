@@ -27,20 +27,20 @@ FEATURES = "vision_features"
 
 
 def slow_names(config: ModelConfig) -> list[str]:
-    """Slow K/V, key and value by hybrid layer: compressor outputs, decoder inputs."""
+    """Name slow K/V, key and value by hybrid layer: compressor outputs, decoder inputs."""
     return [f"slow_key_values.{k}.{x}" for k in range(len(config.slow_fast.hybrid_layers)) for x in ("key", "value")]
 
 
 def past_names(config: ModelConfig) -> list[str]:
-    """Text K/V before a step, key and value by layer."""
+    """Name text K/V before a step, key and value by layer."""
     return [f"past_key_values.{i}.{x}" for i in range(config.text.num_layers) for x in ("key", "value")]
 
 
 def present_names(config: ModelConfig) -> list[str]:
-    """Text K/V after a step, in the order of past_names."""
+    """Name text K/V after a step, in the order of past_names."""
     return [name.replace("past_key_values", "present") for name in past_names(config)]
 
 
 def hidden_name(layer: int) -> str:
-    """What leaves decoder layer `layer`."""
+    """Name the output of decoder layer `layer`."""
     return f"hidden_states.{layer + 1}"

@@ -25,10 +25,12 @@ PLUGIN_OPS = frozenset({(DOMAIN, SPLIT), (DOMAIN, COMBINE)})
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """What a kernel is compiled and launched for; the nodes' integer attributes.
+    """Integer attributes of the plugin nodes, which a kernel is compiled and launched for.
 
     Attributes:
-        sm: compute capability times 10. ptx_isa: PTX version times 10. multiprocessors: of the GPU.
+        sm: compute capability times 10.
+        ptx_isa: PTX version times 10.
+        multiprocessors: number on the GPU.
     """
 
     sm: int
@@ -38,7 +40,7 @@ class PluginSettings:
 
 
 def with_plugin_nodes(model: onnx.ModelProto, settings: PluginSettings) -> onnx.ModelProto:
-    """A copy of `model` without functions, its CrossAttention nodes replaced. Weights stay where they are."""
+    """Copy `model` without functions, its CrossAttention nodes replaced. Weights stay where they are."""
     out = onnx.ModelProto()
     out.CopyFrom(model)
     del out.functions[:]
@@ -63,7 +65,7 @@ def count_cross_attention(model: onnx.ModelProto) -> int:
 
 
 def _plugin_nodes(node: onnx.NodeProto, attends: str, settings: PluginSettings) -> list[onnx.NodeProto]:
-    """Args: `attends`: the int32 form of the node's."""
+    """Make the two plugin nodes of a CrossAttention node. `attends` is the int32 form of the node's."""
     query, key, value, _, lengths = node.input
     partial, logsumexp = f"{node.name}/partial", f"{node.name}/logsumexp"
     attributes = PLUGIN_ATTRIBUTES | asdict(settings)

@@ -22,7 +22,7 @@ from sfexport.graphs.writer import GraphWriter
 def build_vision_encoder(
     config: ModelConfig, tower: Tower, image_size: int, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT
 ) -> ir.Model:
-    """The graph for square frames of `image_size` pixels; the number of frames is dynamic."""
+    """Build the graph for square frames of `image_size` pixels; the number of frames is dynamic."""
     g = GraphWriter("vision_encoder", weights, dtype)
     pixels = g.input(PIXELS, dtype, ["frames", 3, image_size, image_size])
     side, hidden = tower.grid(image_size), config.text.hidden_size
@@ -40,7 +40,7 @@ def build_vision_encoder(
 
 
 def write_convnext(g: GraphWriter, tower: ConvNextTower, pixels: ir.Value) -> ir.Value:
-    """[frames, 3, S, S] -> features [frames * n, C], row-major over the grid."""
+    """Write the tower: [frames, 3, S, S] -> features [frames * n, C], row-major over the grid."""
     p, eps = TOWER_PREFIX, tower.layer_norm_eps
     with g.scope("stem"):
         x = _conv(g, pixels, f"{p}stem.0", stride=tower.stem_patch)
@@ -65,7 +65,7 @@ def _norm_channels(g: GraphWriter, x: ir.Value, name: str, eps: float) -> ir.Val
 
 
 def _write_block(g: GraphWriter, tower: ConvNextTower, stage: int, x: ir.Value, p: str) -> ir.Value:
-    """x + weight * mlp(norm(depthwise(x))) on [frames, C, h, w]."""
+    """Write x + weight * mlp(norm(depthwise(x))) on [frames, C, h, w]."""
     width, k = tower.widths[stage], tower.kernel
     y = g.conv(x, f"{p}conv_dw", group=width, kernel_shape=[k, k], pads=[k // 2] * 4)
     y = g.transpose(y, 0, 2, 3, 1)
@@ -77,7 +77,7 @@ def _write_block(g: GraphWriter, tower: ConvNextTower, stage: int, x: ir.Value, 
 
 
 def write_projector(g: GraphWriter, config: ProjectorConfig, x: ir.Value) -> ir.Value:
-    """[rows, C] -> [rows, H]."""
+    """Write the projector: [rows, C] -> [rows, H]."""
     if config.kind == "identity":
         return x
     first, *others = config.linear_names()
@@ -89,7 +89,7 @@ def write_projector(g: GraphWriter, config: ProjectorConfig, x: ir.Value) -> ir.
 
 
 def write_pooling(g: GraphWriter, grid: ir.Value, k: int, side: int) -> tuple[ir.Value, int]:
-    """k x k average pooling of [frames, side, side, H]; odd rows and columns are dropped."""
+    """Write k x k average pooling of [frames, side, side, H]; odd rows and columns are dropped."""
     if k == 1:
         return grid, side
     pooled = g.average_pool(g.transpose(grid, 0, 3, 1, 2), k)

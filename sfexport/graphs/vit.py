@@ -12,7 +12,7 @@ from sfexport.graphs.writer import GraphWriter
 
 
 def write_vit(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
-    """Pixels [frames, 3, S, S] -> features [frames * n, C]."""
+    """Write the tower: pixels [frames, 3, S, S] -> features [frames * n, C]."""
     p, cells = VIT_PREFIX, tower.grid(tower.image_size) ** 2
     with g.scope("embeddings"):
         x = _embed(g, tower, pixels)
@@ -30,7 +30,7 @@ def write_vit(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
 
 
 def _embed(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
-    """Patches, class token (CLIP) and positions: [frames, tokens, C]."""
+    """Write patches, class token (CLIP) and positions: [frames, tokens, C]."""
     p, k = VIT_PREFIX + "embeddings.", tower.patch
     has_bias = tower.kind == "siglip"
     x = g.conv(pixels, f"{p}patch_embedding", has_bias, kernel_shape=[k, k], strides=[k, k])
@@ -42,7 +42,7 @@ def _embed(g: GraphWriter, tower: VitTower, pixels: ir.Value) -> ir.Value:
 
 
 def _write_layer(g: GraphWriter, tower: VitTower, x: ir.Value, tokens: int, p: str) -> ir.Value:
-    """Pre-norm attention and MLP on [frames * tokens, C]."""
+    """Write pre-norm attention and MLP on [frames * tokens, C]."""
     y = g.layer_norm(x, f"{p}layer_norm1", tower.layer_norm_eps)
     x = g.op("Add", x, _attention(g, tower, y, tokens, f"{p}self_attn."))
     y = g.layer_norm(x, f"{p}layer_norm2", tower.layer_norm_eps)
@@ -65,5 +65,5 @@ def _attention(g: GraphWriter, tower: VitTower, x: ir.Value, tokens: int, p: str
 
 
 def _quick_gelu(g: GraphWriter, x: ir.Value) -> ir.Value:
-    """CLIP's activation, x * sigmoid(1.702 x)."""
+    """Write CLIP's activation, x * sigmoid(1.702 x)."""
     return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702))))

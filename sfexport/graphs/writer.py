@@ -1,4 +1,4 @@
-"""Node writing: a thin layer over onnx-ir's tape, and the blocks every graph uses.
+"""Write nodes: a thin layer over onnx-ir's tape, and the blocks every graph uses.
 
 Plain operators of opset 18 only (21 in a graph with INT4 weights), so that TensorRT 10.3 and later and ONNX Runtime
 read the same file.
@@ -86,7 +86,7 @@ class GraphWriter:
         return list(node.outputs)
 
     def constant(self, array: np.ndarray, name: str = "") -> ir.Value:
-        """A small initialiser, shared by all nodes that use the same values."""
+        """Make a small initialiser, shared by all nodes that use the same values."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = name or f"const.{len(self._constants)}"
@@ -100,11 +100,11 @@ class GraphWriter:
         return self.constant(np.array(value, dtype=np.float32))
 
     def scalar(self, value: float) -> ir.Value:
-        """A constant of the graph's own type."""
+        """Make a constant of the graph's own type."""
         return self.cast(self.float32(value), ir.DataType.FLOAT, self.dtype)
 
     def weight(self, name: str, dtype: ir.DataType | None = None, rows: Rows | None = None) -> ir.Value:
-        """A stored tensor, or some rows, as an initialiser that points into its file; cast where not `dtype`."""
+        """Make an initialiser that points to a stored tensor, or some rows; cast where not `dtype`."""
         dtype, part = dtype or self.dtype, part_name(name, rows)
         if (part, dtype) not in self._loaded:
             tensor = self._weights.tensor(name, rows)
