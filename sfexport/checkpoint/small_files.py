@@ -78,7 +78,8 @@ def check_file(path: Path) -> None:
 def _check_link(path: Path) -> None:
     """Check where a link leads.
 
-    A Hugging Face cache has <repository>/snapshots/<revision>/<name> -> <repository>/blobs/<digest>."""
+    A Hugging Face cache has <repository>/snapshots/<revision>/<name> -> <repository>/blobs/<digest>.
+    """
     if not path.is_symlink():
         return
     directory, real = path.parent.resolve(), path.resolve()
