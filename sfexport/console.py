@@ -1,4 +1,4 @@
-"""All that the commands print: results on stdout, progress and errors on stderr.
+"""Print for the commands: results on stdout, progress and errors on stderr.
 
 On a terminal with rich, elsewhere in plain lines. Nothing reaches a terminal with its control characters (see
 sfexport.printable). rich is imported only when something is shown.
@@ -35,13 +35,13 @@ def error(message: str) -> None:
 
 
 def raw(text: str) -> None:
-    """Print a piece of an answer on stdout: escaped on a terminal, as it is where it goes to a file or a program."""
+    """Print a piece of an answer on stdout, escaped on a terminal and unchanged to a file or a program."""
     _write(sys.stdout, printable(text) if sys.stdout.isatty() else text)
 
 
 def _write(stream: TextIO, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    # What the stream's encoding lacks is escaped, not an error.
+    # Characters that the stream's encoding lacks are escaped.
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
 
 
@@ -56,7 +56,7 @@ def step(line: str) -> None:
 
 @contextlib.contextmanager
 def frames_progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress display for frames; the caller reports (done, total)."""
+    """Show progress over frames; yields a function to call with (done, total)."""
     if not sys.stderr.isatty():
         yield _plain_progress(verb)
         return
@@ -71,19 +71,19 @@ def frames_progress(verb: str) -> Iterator[Callable[[int, int], None]]:
 def _plain_progress(verb: str) -> Callable[[int, int], None]:
     shown = [0]
 
-    def report(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         # A line per quarter: logs stay short however long the video is.
         quarter = 4 * done // total
         if quarter > shown[0]:
             shown[0] = quarter
             status(f"{verb} {done}/{total} frames")
 
-    return report
+    return show
 
 
 @contextlib.contextmanager
 def build_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress display for a build's phases, which may lie within one another; reports (phase, done, total)."""
+    """Show progress over a build's phases, which may be nested; yields a function to call with (phase, done, total)."""
     if not sys.stderr.isatty():
         yield _plain_phases()
         return
@@ -93,31 +93,31 @@ def build_progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=_rich(), transient=True) as progress:
         tasks: dict[str, Any] = {}
 
-        def report(phase: str, done: int, total: int) -> None:
+        def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 tasks[phase] = progress.add_task(_escape(phase), total=total)
             progress.update(tasks[phase], completed=done, total=total)
             if done >= total:
                 progress.remove_task(tasks.pop(phase))
 
-        yield report
+        yield show
 
 
 def _plain_phases() -> Callable[[str, int, int], None]:
     shown: dict[str, int] = {}
 
-    def report(phase: str, done: int, total: int) -> None:
+    def show(phase: str, done: int, total: int) -> None:
         # Only phases that take a while have many steps; a line per quarter.
         quarter = 4 * done // total if total else 4
         if total >= 8 and quarter > shown.get(phase, 0):
             shown[phase] = quarter
             status(f"{phase}: {done}/{total}")
 
-    return report
+    return show
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout: rich on a terminal, aligned columns elsewhere."""
+    """Print a table on stdout: by rich on a terminal, in aligned columns elsewhere."""
     title = printable(title)
     cells = [[shortened(printable(str(c))) for c in row] for row in rows]
     if not sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""`optimum-cli export sfexport`: the same as `sfexport export`, for those who look for exporters there.
+"""`optimum-cli export sfexport`: the same as `sfexport export`, for users of optimum.
 
 Imported by optimum alone, through `optimum/commands/register/register_sfexport.py`, whenever its command line starts:
 besides optimum it imports what `sfexport --help` does.
@@ -30,7 +30,7 @@ class SfexportExportCommand(BaseOptimumCLICommand):
             parser.add_argument(*option.opts, dest=option.name, default=SUPPRESS, **_as_argparse(option))
 
     def run(self) -> None:
-        """Does not return: exits with `sfexport export`'s status."""
+        """Run `sfexport export` and exit with its status."""
         given = vars(self.args)
         line = ["export", "--output", given["output"]]
         for option in _options():
@@ -40,7 +40,7 @@ class SfexportExportCommand(BaseOptimumCLICommand):
 
 
 def _options() -> list[click.Option]:
-    """Those of `sfexport export` that have the same name here."""
+    """Return the options of `sfexport export` that have the same name here."""
     parameters = main.commands["export"].params
     return [p for p in parameters if isinstance(p, click.Option) and p.name != "output"]
 

@@ -1,4 +1,4 @@
-"""The PyTorch model: the truth that graphs and engines are compared with.
+"""The PyTorch model: the reference that graphs and engines are compared with.
 
 Importing this package registers `llava_qwen_slow_fast` with transformers' AutoConfig and
 AutoModelForCausalLM, and `srelu` with its activations. It needs the `torch` extra; only the torch backend,

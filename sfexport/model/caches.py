@@ -1,4 +1,4 @@
-"""transformers' K/V cache under whatever name its version gives it: `past_key_values` up to 5.23, `cache` after."""
+"""Handle transformers' K/V cache, whose argument is `past_key_values` up to version 5.23 and `cache` after."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sfexport.errors import InputError
 
 NAMES = ("cache", "past_key_values")
-# The name in the installed version, of the outputs' field and of generate's keyword.
+# The installed version's name of the outputs' field and of generate's keyword.
 NAME = next(name for name in NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 
 
@@ -19,7 +19,7 @@ def take_cache(arguments: dict[str, Any]) -> Cache | None:
     """Remove the cache from keyword arguments and return it; it is known by its type, not by its keyword.
 
     Raises:
-        InputError: two different caches, or something under a cache's name that is none.
+        InputError: there are two different caches, or a cache's keyword has another value.
     """
     names = [name for name, value in arguments.items() if name in NAMES or isinstance(value, Cache)]
     found = [value for value in map(arguments.pop, names) if value is not None]
@@ -34,14 +34,14 @@ def take_cache(arguments: dict[str, Any]) -> Cache | None:
 
 
 def length(cache: Cache | None) -> int:
-    """Positions that a cache holds."""
+    """Return the number of positions that a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def check_length(cache: Cache | None, expected: int) -> None:
-    """Raise InputError for a cache that does not hold what all layers have given it.
+    """Raise InputError for a cache that does not hold all positions that the layers gave it.
 
-    transformers 5.0's caches of fixed size do not: they are told in a way of their own where to write.
+    transformers 5.0's caches of fixed size do not: they get the position to write to by another argument.
     """
     if cache is not None and length(cache) != expected:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Slow tokens and fast tokens from projected features (docs/reference.md, section 4).
+"""Compute slow tokens and fast tokens from projected features (docs/reference.md, section 4).
 
 Written as the reference computes it, frame by frame and window by window: the ONNX graph uses one matrix
 instead, and is checked against this.
@@ -16,7 +16,7 @@ from sfexport.checkpoint.config import FastPathConfig
 
 
 def pool_cells(tokens: Tensor, k: int) -> Tensor:
-    """k x k average pooling of square token grids, odd rows and columns dropped: [T, n, H] -> [T, n', H]."""
+    """Average square token grids over k x k cells, without odd rows and columns: [T, n, H] -> [T, n', H]."""
     if k == 1:
         return tokens
     frames, cells, width = tokens.shape
@@ -28,12 +28,12 @@ def pool_cells(tokens: Tensor, k: int) -> Tensor:
 
 
 def slow_tokens(projected: Tensor, pooling_stride: int) -> Tensor:
-    """All frames' tokens, pooled for a video, as they are for a single image: [T, n, H] -> [T, P, H]."""
+    """Pool all frames' tokens of a video, [T, n, H] -> [T, P, H]; a single image's tokens stay as they are."""
     return pool_cells(projected, pooling_stride) if projected.shape[0] > 1 else projected
 
 
 def fast_tokens(slow: Tensor, fast: FastPathConfig) -> Tensor:
-    """Sampling, temporal pooling, spatial pooling: [T, P, H] -> [F * P', H], time-major."""
+    """Sample frames and pool them in time and space: [T, P, H] -> [F * P', H], time-major."""
     frames = slow
     if slow.shape[0] > 1:
         frames = frames[sampled_frames(slow.shape[0], fast)]
@@ -42,7 +42,7 @@ def fast_tokens(slow: Tensor, fast: FastPathConfig) -> Tensor:
 
 
 def sampled_frames(total: int, fast: FastPathConfig) -> list[int]:
-    """Indices of the frames the fast path sees; the reference's float division and truncation."""
+    """Return the indices of the fast path's frames, by the reference's float division and truncation."""
     if fast.sampling_stride == 1 or total < fast.min_frames:
         return list(range(total))
     count = max(total // fast.sampling_stride, fast.min_frames)
@@ -51,7 +51,7 @@ def sampled_frames(total: int, fast: FastPathConfig) -> list[int]:
 
 
 def pool_time(frames: Tensor, fast: FastPathConfig) -> Tensor:
-    """Means of `temporal_stride` frames, or of min_frames overlapping windows where that leaves too few."""
+    """Average each `temporal_stride` frames, or min_frames overlapping windows if that leaves too few."""
     total, stride = frames.shape[0], fast.temporal_stride
     if stride == 1:
         return frames

@@ -1,4 +1,4 @@
-"""The multimodal projector: tower features [..., C] -> decoder width [..., H], before any pooling."""
+"""Build the multimodal projector: tower features [..., C] -> decoder width [..., H], before any pooling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sfexport.model.srelu import SReLU
 
 
 def build_projector(config: ProjectorConfig, hidden_size: int) -> nn.Module:
-    """Linear, identity, or Linear (activation Linear)*: the exact (erf) GELU of the reference, or SReLU per channel."""
+    """Build an identity, a Linear, or an MLP with the reference's exact (erf) GELU or with SReLU per channel."""
     if config.kind == "identity":
         return nn.Identity()
     if config.kind == "linear":

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(position_ids: Tensor, text: TextConfig, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of positions [B, S], each [B, 1, S, head_dim], computed in float32."""
+    """Compute the cosine and sine of positions [B, S] in float32; each [B, 1, S, head_dim]."""
     steps = torch.arange(0, text.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[..., None].float() * (1.0 / text.rope_theta ** (steps / text.head_dim))
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -42,13 +42,13 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class CausalMask:
-    """Which keys the queries of a call see: those up to their own position that are not padding.
+    """The mask of one call: queries see keys up to their own position that are not padding.
 
     Args:
         attention_mask: [B, past + queries], 0 for padding; or 4-D, taken as scaled_dot_product_attention takes it;
             None: no padding.
-        past: positions that the cache holds already.
-        queries: positions of this call.
+        past: number of positions in the cache.
+        queries: number of positions of this call.
     """
 
     def __init__(self, attention_mask: Tensor | None, past: int, queries: int, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class CausalMask:
         self._built: dict[int, dict[str, Any]] = {}
 
     def arguments(self, keys: int) -> dict[str, Any]:
-        """What scaled_dot_product_attention needs for that many keys (a cache of fixed size has more than are used)."""
+        """Return scaled_dot_product_attention's mask for this many keys; a cache of fixed size has unused ones."""
         if keys not in self._built:
             self._built[keys] = self._build(keys)
         return self._built[keys]
@@ -87,7 +87,11 @@ class CausalMask:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, **mask: Any) -> Tensor:
-    """Attention of [B, heads, S, d] over [B, kv heads, K, d] -> [B, S, heads * d]; neighbouring heads share K and V."""
+    """Compute attention of [B, heads, S, d] over [B, kv heads, K, d]; neighbouring heads share K and V.
+
+    Returns:
+        [B, S, heads * d].
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
@@ -99,7 +103,7 @@ class Attention(nn.Module):
 
     Args:
         layer_index: the layer's place in the cache.
-        dropout: of the attention's probabilities, in training.
+        dropout: dropout of the attention's probabilities, in training.
     """
 
     def __init__(self, text: TextConfig, layer_index: int, dropout: float = 0.0) -> None:
@@ -114,7 +118,7 @@ class Attention(nn.Module):
     def query_and_output(
         self, hidden: Tensor, rotary: Rotary, mask: CausalMask, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """The rotated query [B, heads, S, d] and the attention's output before o_proj, [B, S, heads * d]."""
+        """Return the rotated query [B, heads, S, d] and the output before o_proj, [B, S, heads * d]."""
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -77,16 +77,16 @@ class SReLU(nn.Module):
         self.reset_parameters()
 
     def own_parameters(self) -> tuple[nn.Parameter, ...]:
-        """t_right, a_right, t_left, a_left."""
+        """Return t_right, a_right, t_left, a_left."""
         return self.t_right, self.a_right, self.t_left, self.a_left
 
     def reset_parameters(self) -> None:
-        """Back to the initial values."""
+        """Set the parameters to their initial values."""
         for parameter, value in zip(self.own_parameters(), self.initial, strict=True):
             nn.init.constant_(parameter, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., channels] -> the same shape; the wider of the input's and the parameters' types."""
+        """Apply the function to [..., channels]; the result has the wider of the input's and the parameters' types."""
         if self.frozen and self.training:
             self._observe(x.detach())
         return _SReLUFunction.apply(x, *self.own_parameters())
@@ -111,7 +111,7 @@ class SReLU(nn.Module):
         nothing was observed.
 
         Raises:
-            ValueError: a quantile that is not above 0 and at most 1.
+            ValueError: the quantile is not above 0 and at most 1.
         """
         if not 0 < quantile <= 1:
             raise ValueError(f"A quantile lies above 0 and is at most 1; {quantile!r} does not.")
@@ -149,7 +149,7 @@ class SReLU(nn.Module):
 
 
 def srelu_modules(model: nn.Module) -> list[SReLU]:
-    """All SReLUs in a model, in the order of `model.modules()`."""
+    """Return all SReLUs of a model, in the order of `model.modules()`."""
     return [module for module in model.modules() if isinstance(module, SReLU)]
 
 

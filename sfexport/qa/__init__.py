@@ -1,1 +1,1 @@
-"""Asking questions about a video: prompt, sampling of tokens, sessions, and the pipeline that ties them together."""
+"""Ask questions about a video: prompt, sampling of tokens, sessions, and the pipeline that makes them."""

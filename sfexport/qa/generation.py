@@ -1,4 +1,4 @@
-"""Choosing the next token: how an answer is generated, and the sampler that does it. NumPy only.
+"""Choose the next token: the options of generation, and the sampler that follows them. NumPy only.
 
 Order and definitions are those of transformers' generate; defaults come from the checkpoint's
 generation_config.json.
@@ -83,13 +83,14 @@ class GenerationOptions:
     def from_config(
         cls, config: Mapping[str, Any], fallback_stop: int | None = None, model_stop: Any = None
     ) -> GenerationOptions:
-        """From generation_config.json's fields.
+        """Read the options from generation_config.json's fields.
 
         Args:
-            fallback_stop: ends answers where it names no end token, as do those of `model_stop` (config.json's).
+            fallback_stop: token that ends answers if the fields name none.
+            model_stop: config.json's end tokens, used like `fallback_stop`.
 
         Raises:
-            InputError: a field has no meaning, or asks for what is not built.
+            InputError: a field has no meaning, or asks for something that is not supported.
         """
         read = read_generation_config(config)
         stop = read.eos_token_id
@@ -125,7 +126,7 @@ class GenerationOptions:
             raise InputError(f"{FILE} has a field without meaning: {error}", HINT) from None
 
     def override(self, temperature: float | None = None, **values: Any) -> GenerationOptions:
-        """With the values that are not None. A temperature decides: 0 is greedy, more samples."""
+        """Return the options with the values that are not None; temperature 0 is greedy, a higher one samples."""
         changes = {k: v for k, v in values.items() if v is not None}
         if temperature is not None:
             if not is_number(temperature) or not temperature >= 0:
@@ -143,11 +144,11 @@ class GenerationOptions:
         return out
 
     def greedy(self) -> GenerationOptions:
-        """The most likely token of the model's own logits each time, with the same limit and the same stops."""
+        """Return greedy options without any change of logits, with the same limits and stop tokens."""
         return GenerationOptions(max_new_tokens=self.max_new_tokens, max_length=self.max_length, stop_ids=self.stop_ids)
 
     def check_tokens(self, size: int) -> None:
-        """Raises InputError for a biased, forbidden or forced token beyond a vocabulary of `size` tokens."""
+        """Raise InputError for a biased, forbidden or forced token beyond a vocabulary of `size` tokens."""
         sequences = [*self.bad_words, *(ids for ids, _ in self.sequence_bias), self.forced_last]
         forced = [] if self.forced_first is None else [self.forced_first]
         largest = max([*forced, *(token for ids in sequences for token in ids)], default=0)
@@ -155,10 +156,10 @@ class GenerationOptions:
             raise InputError(f"{FILE} has the token {largest}, and the tokenizer has {size:,} tokens.", HINT)
 
     def limit(self, prompt: int) -> int:
-        """How many tokens an answer to a prompt of `prompt` positions may have.
+        """Return the largest number of tokens of an answer to a prompt of `prompt` positions.
 
         Raises:
-            InputError: max_length leaves no room for one.
+            InputError: max_length leaves no room for an answer.
         """
         if self.max_length is None:
             return self.max_new_tokens
@@ -171,17 +172,17 @@ class GenerationOptions:
 
 
 class Sampler:
-    """Draws tokens for one answer; remembers what it drew, which some processors look at."""
+    """Draws tokens for one answer, and remembers them for the processors that depend on them."""
 
     def __init__(self, options: GenerationOptions, prompt: int = 0) -> None:
-        """Args: `prompt` positions before the answer, which max_length and min_length count."""
+        """Start an answer after `prompt` positions, which max_length and min_length count too."""
         self.options, self.ids = options, list[int]()
         self.limit = options.limit(prompt)
-        self._least = max(options.min_new_tokens, options.min_length - prompt)
+        self._min_tokens = max(options.min_new_tokens, options.min_length - prompt)
         self._random = np.random.default_rng(options.seed)
 
     def next(self, logits: np.ndarray) -> int:
-        """One token id from float32 logits [V].
+        """Draw one token id from float32 logits [V].
 
         Raises:
             SfexportError: a logit is not a number, or no token is allowed.
@@ -213,7 +214,7 @@ class Sampler:
         return probabilities
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
-        """Logits after all that changes them, in transformers' order: -inf for tokens that are not allowed."""
+        """Apply all processors to the logits, in transformers' order; tokens that are not allowed get -inf."""
         options, ids = self.options, self.ids
         scores, step = logits.astype(np.float32), len(self.ids)
         if options.sequence_bias:
@@ -222,7 +223,7 @@ class Sampler:
         scores = change.forbid(scores, change.repeated(ids, options.no_repeat_ngram_size))
         if words := [word for word in options.bad_words if len(word) > 1 or word[0] not in options.stop_ids]:
             scores = scores + change.biases([(word, -math.inf) for word in words], ids, len(scores))
-        if step < self._least:
+        if step < self._min_tokens:
             scores = change.forbid(scores, options.stop_ids)
         if options.forced_first is not None and step == 1:
             scores = change.force(scores, [options.forced_first])
@@ -241,7 +242,7 @@ class Sampler:
 
 
 def filter_scores(scores: np.ndarray, options: GenerationOptions) -> np.ndarray:
-    """What acts when sampling: temperature, then the filters in transformers' order."""
+    """Apply what acts when sampling: temperature, then the filters in transformers' order."""
     if options.temperature != 1.0:
         scores = scores / scores.dtype.type(options.temperature)
     if options.top_h is not None:
@@ -260,7 +261,7 @@ def filter_scores(scores: np.ndarray, options: GenerationOptions) -> np.ndarray:
 
 
 def distribution(scores: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Probabilities after temperature, top-k, then top-p (the smallest set whose mass reaches top_p)."""
+    """Return the probabilities after temperature, top-k, then top-p (the smallest set whose mass reaches top_p)."""
     return softmax(filter_scores(scores, GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p)))
 
 

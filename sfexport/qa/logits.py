@@ -1,7 +1,8 @@
-"""What changes a model's logits before a token is chosen: transformers' logits processors, in its order. NumPy only.
+"""Change a model's logits before a token is chosen, as transformers' logits processors do. NumPy only.
 
-All are computed in the type of the scores, float32 while answering as in transformers: at a border the last bit decides
-which tokens stay. `ids` are the answer's own so far: the prompt enters as embeddings, and processors do not see it.
+All compute in the type of the scores, float32 as in transformers: at a threshold the last bit decides which tokens
+stay.
+`ids` are the answer's tokens so far: the prompt enters as embeddings, and processors do not see it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TOP_H_TOKENS = 100  # top-h looks at this many of the likeliest tokens
 
 
 def biases(sequences: Sequence[tuple[Sequence[int], float]], ids: Sequence[int], size: int) -> np.ndarray:
-    """float32 [size]: the bias of each token that would complete a sequence.
+    """Return the bias of each token that would complete a sequence, float32 [size].
 
     Raises:
         InputError: a sequence has a token beyond the vocabulary.
@@ -35,7 +36,7 @@ def biases(sequences: Sequence[tuple[Sequence[int], float]], ids: Sequence[int],
 
 
 def penalise(scores: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
-    """Scores of tokens already drawn divided by `penalty` (multiplied where negative)."""
+    """Divide the scores of tokens already drawn by `penalty`, or multiply negative ones."""
     if penalty == 1.0 or not ids:
         return scores
     scores, seen, penalty = scores.copy(), np.unique(ids), scores.dtype.type(penalty)
@@ -44,7 +45,7 @@ def penalise(scores: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarr
 
 
 def repeated(ids: Sequence[int], size: int) -> list[int]:
-    """Tokens that would repeat an n-gram of `size` tokens in `ids`."""
+    """Return the tokens that would repeat an n-gram of `size` tokens in `ids`."""
     if size == 0 or len(ids) < size:
         return []
     prefix = list(ids[len(ids) + 1 - size :])
@@ -53,7 +54,7 @@ def repeated(ids: Sequence[int], size: int) -> list[int]:
 
 
 def forbid(scores: np.ndarray, tokens: Collection[int]) -> np.ndarray:
-    """Scores with -inf for the tokens; those outside the vocabulary are left alone."""
+    """Set the scores of the tokens to -inf; ignore tokens outside the vocabulary."""
     inside = [token for token in tokens if 0 <= token < len(scores)]
     if not inside:
         return scores
@@ -63,7 +64,7 @@ def forbid(scores: np.ndarray, tokens: Collection[int]) -> np.ndarray:
 
 
 def force(scores: np.ndarray, tokens: Collection[int]) -> np.ndarray:
-    """Scores that allow the tokens only, each alike.
+    """Return scores that allow these tokens only, all equally likely.
 
     Raises:
         InputError: a token is beyond the vocabulary.
@@ -86,7 +87,7 @@ def replace_invalid(scores: np.ndarray) -> np.ndarray:
 
 
 def decay(scores: np.ndarray, ends: Collection[int], step: int, start: int, factor: float) -> np.ndarray:
-    """Ending becomes likelier by `factor` at each step after `start`."""
+    """Make ending likelier by `factor` at each step after `start`."""
     inside = [token for token in ends if token < len(scores)]
     if step <= start or not inside:
         return scores
@@ -98,11 +99,11 @@ def decay(scores: np.ndarray, ends: Collection[int], step: int, start: int, fact
     return scores
 
 
-# Filters when sampling: each gives -inf to the tokens that are not to be drawn, and always keeps the likeliest.
+# Filters when sampling: each sets the scores of excluded tokens to -inf, and always keeps the likeliest token.
 
 
 def keep_top_h(scores: np.ndarray, share: float) -> np.ndarray:
-    """The likeliest tokens (of 100) whose entropy sums to `share` of theirs."""
+    """Keep the likeliest of the top 100 tokens, up to `share` of the entropy of these 100."""
     order = np.argsort(-scores, kind="stable")[:TOP_H_TOKENS]
     logs = log_softmax(scores[order])
     chances = softmax(logs)
@@ -115,14 +116,14 @@ def keep_top_h(scores: np.ndarray, share: float) -> np.ndarray:
 
 
 def keep_top_k(scores: np.ndarray, count: int) -> np.ndarray:
-    """The `count` likeliest tokens, and those as likely as the last of them."""
+    """Keep the `count` likeliest tokens, and those as likely as the last of them."""
     if count >= len(scores):
         return scores
     return np.where(scores < np.partition(scores, -count)[-count], -np.inf, scores).astype(scores.dtype)
 
 
 def keep_top_p(scores: np.ndarray, mass: float) -> np.ndarray:
-    """The smallest set of the likeliest tokens whose mass reaches `mass`."""
+    """Keep the smallest set of the likeliest tokens whose mass reaches `mass`."""
     order = np.argsort(scores, kind="stable")
     kept = _running_sum(softmax(scores[order])) > scores.dtype.type(1 - mass)
     kept[-1] = True
@@ -130,7 +131,7 @@ def keep_top_p(scores: np.ndarray, mass: float) -> np.ndarray:
 
 
 def keep_min_p(scores: np.ndarray, share: float) -> np.ndarray:
-    """Tokens with at least `share` of the likeliest one's probability."""
+    """Keep tokens with at least `share` of the likeliest one's probability."""
     chances = softmax(scores)
     kept = chances >= scores.dtype.type(share) * chances.max()
     kept[chances.argmax()] = True
@@ -138,7 +139,7 @@ def keep_min_p(scores: np.ndarray, share: float) -> np.ndarray:
 
 
 def keep_typical(scores: np.ndarray, mass: float) -> np.ndarray:
-    """Tokens whose information is nearest to the distribution's entropy, up to `mass`."""
+    """Keep tokens whose information is nearest to the distribution's entropy, up to `mass`."""
     logs = log_softmax(scores)
     with np.errstate(invalid="ignore"):
         entropy = -np.nansum(logs * np.exp(logs), dtype=scores.dtype)
@@ -151,13 +152,13 @@ def keep_typical(scores: np.ndarray, mass: float) -> np.ndarray:
     return _keep(scores, order[kept])
 
 
-def keep_epsilon(scores: np.ndarray, least: float) -> np.ndarray:
-    """Tokens with at least the probability `least`."""
-    return _keep(scores, (softmax(scores) >= scores.dtype.type(least)) | (scores >= scores.max()))
+def keep_epsilon(scores: np.ndarray, cutoff: float) -> np.ndarray:
+    """Keep tokens with at least the probability `cutoff`."""
+    return _keep(scores, (softmax(scores) >= scores.dtype.type(cutoff)) | (scores >= scores.max()))
 
 
 def keep_eta(scores: np.ndarray, cutoff: float) -> np.ndarray:
-    """As `keep_epsilon`, with a threshold that falls with the distribution's entropy."""
+    """Keep tokens as `keep_epsilon` does, with a threshold that falls with the distribution's entropy."""
     kind = scores.dtype.type
     logs, chances = log_softmax(scores), softmax(scores)
     entropy = -np.sum(np.maximum(logs, np.finfo(logs.dtype).min) * chances, dtype=scores.dtype)
@@ -178,12 +179,12 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def _running_sum(values: np.ndarray) -> np.ndarray:
-    """Sums of the first 1, 2, ... values, each rounded once, as in torch."""
+    """Return the sums of the first 1, 2, ... values, each rounded once, as in torch."""
     return np.cumsum(values, dtype=np.float64).astype(values.dtype)
 
 
 def _keep(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """-inf for all but the tokens `kept` (indices, or a mask)."""
+    """Set all scores to -inf but those of the tokens `kept` (indices, or a mask)."""
     out = np.full_like(scores, -np.inf)
     out[kept] = scores[kept]
     return out

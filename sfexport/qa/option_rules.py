@@ -1,4 +1,4 @@
-"""What each option of generation must be: the rules for configuration files, Python callers and the command line."""
+"""Rules for the values of generation options, from configuration files, Python callers and the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from sfexport.fields import LARGEST, shown
 
-# Beyond these, scores divided by a temperature or a penalty are no float32 numbers any more.
+# Scores divided by a temperature or a penalty outside this range may leave float32's range.
 _SMALL, _LARGE = 1e-30, 1e30
 
 
@@ -22,17 +22,17 @@ def _finite(value: Any) -> bool:
 
 
 def is_number(value: Any, whole: bool = False) -> bool:
-    """Whether a value is a finite number (a bool is none), and a whole one where that is asked for."""
+    """Return whether a value is a finite number, and whole if `whole`; a bool is not a number."""
     kind = numbers.Integral if whole else numbers.Real
     return isinstance(value, kind) and not isinstance(value, bool) and _finite(value)
 
 
-def _count(name: str, least: int, what: str) -> _Rule:
-    return _Rule(name, lambda v: is_number(v, whole=True) and least <= v <= LARGEST, what)
+def _count(name: str, minimum: int, what: str) -> _Rule:
+    return _Rule(name, lambda v: is_number(v, whole=True) and minimum <= v <= LARGEST, what)
 
 
 def _share(name: str, closed_below: bool, closed_above: bool, optional: bool = False) -> _Rule:
-    """A number from 0 to 1; whether the ends are in."""
+    """Make the rule of a number from 0 to 1, with the ends included or not."""
 
     def test(v: Any) -> bool:
         if v is None and optional:
@@ -55,7 +55,12 @@ def _tokens(name: str) -> _Rule:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What an option must be: `test` holds, or `what` is said."""
+    """The rule of one option.
+
+    Attributes:
+        test: returns whether a value is allowed.
+        what: the message's words about an allowed value.
+    """
 
     name: str
     test: Callable[[Any], bool]
@@ -91,11 +96,11 @@ _SPOKEN = {"max_new_tokens": "maximum of new tokens", "top_k": "top-k", "top_p":
 
 
 def spoken(name: str) -> str:
-    """An option's name in a sentence."""
+    """Return an option's name for a sentence."""
     return _SPOKEN.get(name, name.replace("_", " "))
 
 
 def problem_of(name: str, value: Any) -> str | None:
-    """What is wrong with an option, or None."""
+    """Return a sentence about a wrong value, or None."""
     rule = RULES[name]
     return None if rule.test(value) else f"The {spoken(name)} {rule.what}, not {shown(value)}."

@@ -34,7 +34,7 @@ OnFrames = Callable[[int, int], None]
 
 
 class Pipeline:
-    """A model ready to answer. `Pipeline.load(engines)`, then `encode(video)`, then `session.ask(question)`."""
+    """Loaded engines: `Pipeline.load(engines)`, then `encode(video)`, then `session.ask(question)`."""
 
     def __init__(self, engines: Engines, tokenizer: ChatTokenizer) -> None:
         self.engines, self.bundle, self.tokenizer = engines, engines.bundle, tokenizer
@@ -42,7 +42,11 @@ class Pipeline:
 
     @classmethod
     def load(cls, engines: str | Path) -> Pipeline:
-        """Raises BundleError for a directory that is not usable here, before any engine is loaded."""
+        """Open an engine directory; the engines are loaded at first use.
+
+        Raises:
+            BundleError: the directory is not usable here.
+        """
         opened = Engines.open(as_path(engines, "An engine directory"))
         check_runtime(opened)
         marked = bool(opened.bundle.raw_config.get("mm_use_im_start_end"))
@@ -50,19 +54,23 @@ class Pipeline:
 
     @cached_property
     def backend(self) -> Backend:
-        """Loaded when first needed, so that a bad video or question is found before a long load."""
+        """The backend, loaded at first use, so that a bad video or question is found before a long load."""
         return open_backend(self.engines)
 
     def generation_options(self) -> GenerationOptions:
-        """The checkpoint's defaults."""
+        """Return the checkpoint's default generation options."""
         config, own = self.bundle.generation_config(), self.bundle.raw_config.get("eos_token_id")
-        # transformers reads config.json's end tokens only where there is no generation_config.json.
+        # transformers reads config.json's end tokens only if there is no generation_config.json.
         options = GenerationOptions.from_config(config, self.tokenizer.end_of_turn(), own if not config else None)
         options.check_tokens(self.tokenizer.vocabulary_size)
         return options
 
     def read_frames(self, video: Any, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
-        """All sampled frames at once, for comparisons: pixels [n, 3, S, S] and, per sampled frame, its row."""
+        """Read all sampled frames at once, for comparisons.
+
+        Returns:
+            Pixels of the distinct frames, float32 [n, 3, S, S], and each sampled frame's row among them.
+        """
         self.frame_count(frames)
         with open_video(video) as opened:
             unique, rows = self._sample(opened, frames, sampling)
@@ -86,15 +94,15 @@ class Pipeline:
                 array [T, H, W, 3] (for a picture [H, W, 3]), a list of arrays [H, W, 3] or of PIL images (for a
                 picture one PIL image), or a tensor of these shapes with `__dlpack__`. Of a tensor on a GPU the
                 sampled frames are copied, with its own `.cpu()`.
-            frames: how many to sample, from memory as from a file; None: the bundle's default.
+            frames: number of frames to sample, from memory as from a file; default the bundle's.
             sampling: 'linspace' (the reference's demo) or 'eval' (its evaluation).
-            questions: checked to fit before anything is encoded.
-            on_frames: called with frames done and in all, as encoding proceeds.
+            questions: questions that are checked to fit before any frame is encoded.
+            on_frames: called with the number of frames encoded so far, and of all frames.
             fps: frames per second of frames in memory or in a folder, which 'eval' sampling needs to know.
-            control_tokens: as the questions will be asked (see VideoSession.ask).
+            control_tokens: as in VideoSession.ask, for the check of `questions`.
 
         Raises:
-            VideoError: the file cannot be read, or what is in memory is not frames of this kind.
+            VideoError: the file cannot be read, or the object in memory is not frames of this kind.
             InputError: a question is empty or does not fit, or a number has no meaning.
         """
         watch = Stopwatch()
@@ -129,19 +137,19 @@ class Pipeline:
         )
 
     def check_question(self, question: str, frames: int, control_tokens: bool = False) -> None:
-        """Raises InputError for a question that is empty or does not fit behind `frames` sampled frames."""
+        """Raise InputError for a question that is empty or does not fit after `frames` sampled frames."""
         config = self.bundle.config
         cells = self.bundle.tokens_per_frame(single_image=frames == 1)
         fast_tokens = fast_token_count(frames, cells, config.slow_fast.fast)
         check_question(question, self.tokenizer, fast_tokens, config.text, control_tokens)
 
     def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
-        """Distinct frame indices, and for each sampled frame its place among them."""
+        """Choose frames: return the distinct indices, and each sampled frame's place among them."""
         count = self.frame_count(frames)
         info = video.info
         if sampling == "eval" and math.isnan(info.fps):
             raise InputError("Sampling 'eval' needs the rate of the frames, which is not known.", "Pass fps=...")
-        # A picture is asked about as one image, as the model was trained; a clip of one frame repeats it.
+        # A picture is one image, as in training; a clip of one frame repeats it.
         count = 1 if info.is_picture else count
         indices = sample_indices(sampling, info.frame_count, info.fps, count)
         self.check_frames(len(indices))
@@ -149,16 +157,16 @@ class Pipeline:
         return unique.tolist(), rows
 
     def frame_count(self, frames: int | None) -> int:
-        """How many frames are asked for; None: the bundle's default.
+        """Check a number of frames and return it; None: the bundle's default.
 
         Raises:
-            InputError: not a whole number from 1 to MAX_FRAMES.
+            InputError: the number is not a whole number from 1 to MAX_FRAMES.
         """
         count = self.bundle.frames if frames is None else frames
         return whole_number(count, "The number of frames", most=MAX_FRAMES, hint="Change --frames.")
 
     def check_frames(self, frames: int) -> None:
-        """Raises InputError for more frames than the model or the engines take with the shortest question."""
+        """Raise InputError for more frames than the model or the engines take with the shortest question."""
         config, limits = self.bundle.config, self.engines.content.get("limits")
         most = limits.get("frames") if isinstance(limits, dict) else None
         if isinstance(most, int) and frames > most:
@@ -179,7 +187,7 @@ class Pipeline:
             )
 
     def _pixel_chunks(self, video: Video, indices: list[int]) -> Iterator[np.ndarray]:
-        """Prepared chunks; the next one is read while the caller works on the last."""
+        """Yield preprocessed chunks; the next one is read while the caller works on the last."""
         frames = video.frames(indices)
 
         def read(count: int) -> np.ndarray:
@@ -196,7 +204,7 @@ class Pipeline:
 
 
 def open_video(video: Any, fps: float | None = None) -> Video:
-    """A path's file, or frames in memory (see `Pipeline.encode`), ready to be asked for frames.
+    """Open a path's file, or frames in memory (see `Pipeline.encode`).
 
     Raises:
         VideoError, InputError: as `Pipeline.encode`.

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 VIDEO = "<image>"  # stands for the whole video in the template
 SYSTEM = "You are a helpful assistant."
-MAX_QUESTION = 1_000_000  # characters; more than any model has positions for, and 3 seconds of tokenising
+MAX_QUESTION = 1_000_000  # characters; more than any model has positions for, and 3 seconds to tokenise
 
 
 def build_prompt(
     question: str, rounds: Sequence[tuple[str, str]] = (), video: bool = True, marked: bool = False
 ) -> str:
-    """The template's text for a question after earlier (question, answer) rounds.
+    """Return the template's text for a question after earlier (question, answer) rounds.
 
     Args:
         video: put the video before the first question.
-        marked: wrap it in <im_start> <im_end>, for checkpoints with mm_use_im_start_end.
+        marked: wrap the video in <im_start> <im_end>, for checkpoints with mm_use_im_start_end.
     """
     image = f"{VIDEO_START}{VIDEO}{VIDEO_END}" if marked else VIDEO
     turns = [*rounds, (question, None)]
@@ -61,7 +61,7 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, directory: Path, config: dict[str, Any]) -> ChatTokenizer:
-        """Make the tokenizer of a checkpoint directory. Raises CheckpointError if that cannot be."""
+        """Make the tokenizer of a checkpoint directory. Raises CheckpointError if its files cannot be used."""
         marked = bool(config.get("mm_use_im_start_end"))
         return cls(make_tokenizer(directory, marked), marked)
 
@@ -85,25 +85,25 @@ class ChatTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids this tokenizer can decode; a model's table may be padded beyond."""
+        """Number of ids that this tokenizer can decode; a model's table may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of the template; control tokens in it become control ids.
+        """Encode a text of the template; control tokens in it become control ids.
 
         Raises InputError for a text that is not Unicode (bytes from a command line that are not UTF-8).
         """
         return _encode(self._tokenizer, text)
 
     def prompt(self, question: str, control_tokens: bool = False) -> PromptIds:
-        """The ids around the video.
+        """Encode the prompt of a question: the ids before and after the video.
 
         Args:
             control_tokens: let control tokens typed in the question act as such, as the reference does; otherwise
                 they are encoded as the text that they are.
 
         Raises:
-            InputError: an empty question, a very long one, or one that contains the video's placeholder.
+            InputError: the question is empty, very long, or contains the video's placeholder.
         """
         if not isinstance(question, str):
             raise InputError(f"A question is a str, not a {type(question).__name__}.", "Ask one after the other.")
@@ -147,7 +147,7 @@ class ChatTokenizer:
 
     @cached_property
     def _text_tokenizer(self) -> Tokenizer:
-        """A copy that takes control tokens as text: the setting belongs to the object, which threads share."""
+        """A copy that encodes control tokens as text; a copy, because threads share the tokenizer."""
         from tokenizers import Tokenizer
 
         copy = Tokenizer.from_str(self._tokenizer.to_str())
@@ -159,7 +159,7 @@ class ChatTokenizer:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, text: str) -> int:
-        """The id of a text that is exactly one token; InputError otherwise."""
+        """Return the id of a text that is exactly one token. Raises InputError for another text."""
         ids = self.encode(text)
         if len(ids) != 1:
             raise InputError(

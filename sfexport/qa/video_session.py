@@ -1,4 +1,4 @@
-"""A video as a session: what depends on the video alone is computed once, a question costs its own tokens."""
+"""Answer questions about one video: the video is computed once, and each question costs its own tokens only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
 
 OnText = Callable[[str], None]
-# load: engines into memory. video: waiting for frames. vision, compress, prefix: once per video. prefill, decode:
-# the question's own tokens and the answer's.
+# load: engines into memory. video: waiting for frames. vision, compress, prefix: once per video. prefill: the
+# question's own tokens. decode: the answer's tokens.
 STAGES = ("load", "video", "vision", "compress", "prefix", "prefill", "decode")
 
 
 class Stopwatch:
-    """Seconds by stage; stages add up over repeated use."""
+    """Measures seconds by stage; a stage that is entered again adds to its seconds."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -40,9 +40,12 @@ class Answer:
     """One answered question.
 
     Attributes:
-        prefill_tokens: positions prefilled for it: for a session's first question the video's prefix too.
-        frames_encoded: frames that went through the vision encoder for it (0 from the second question on).
-        seconds: by stage, see STAGES.
+        answer: the answer's text.
+        ids: ids of the generated tokens.
+        prefill_tokens: number of positions prefilled; for a session's first question with the video's prefix.
+        new_tokens: number of tokens generated.
+        frames_encoded: number of frames that went through the vision encoder (0 from the second question on).
+        seconds: seconds by stage, see STAGES.
     """
 
     question: str
@@ -59,7 +62,7 @@ class Answer:
 
 @dataclass
 class _Pending:
-    """The cost of encoding, charged to the first question."""
+    """Costs of encoding the video, which the first question's answer reports."""
 
     prefill_tokens: int
     frames_encoded: int
@@ -69,14 +72,15 @@ class _Pending:
 def check_question(
     question: str, tokenizer: ChatTokenizer, fast_tokens: int, text: TextConfig, control_tokens: bool = False
 ) -> list[int]:
-    """The question's own token ids (all that follows the video).
+    """Check that a question fits after the video, and return its token ids (all that follows the video).
 
     Args:
-        text: the model's config: how many positions it takes, and how many rows its table of tokens has.
+        fast_tokens: number of fast tokens of the video.
+        text: the decoder's config.
         control_tokens: see ChatTokenizer.prompt.
 
     Raises:
-        InputError: the question is empty, does not fit behind the video, or has a token that the model lacks.
+        InputError: the question is empty, does not fit after the video, or has a token that the model lacks.
     """
     ids, limit = tokenizer.prompt(question, control_tokens), text.max_length
     if (largest := max(ids.before + ids.after)) >= text.vocab_size:
@@ -136,11 +140,11 @@ class VideoSession:
         self._pending = _Pending(self._prefix.length, frames_encoded, dict(watch.seconds))
 
     def _prefill_prefix(self, fast: np.ndarray) -> KeyValues:
-        """K/V of the text before the video and of the fast tokens: the same for every question."""
+        """Compute the K/V of the text before the video and of the fast tokens, which all questions share."""
         before = self._tokenizer.prompt("?").before
         text = self._embedding(before)
         _, past = self._step(text, None, attends=self._attends != Attending.TEXT_AFTER_VIDEO)
-        # Visual positions do not attend in most models: the slow tokens are left out of that call altogether.
+        # Visual positions attend in few models; in the others this call gets no slow tokens.
         _, past = self._step(fast, past, attends=self._attends == Attending.ALL)
         return past
 
@@ -222,10 +226,10 @@ class VideoSession:
     def _generate(
         self, logits: np.ndarray, past: KeyValues, sampler: Sampler, attends: bool, on_text: OnText
     ) -> list[int]:
-        """Token ids up to and including a stop token."""
+        """Generate token ids, up to and including a stop token."""
         stream = _TextStream(self._tokenizer, on_text)
         while True:
-            # Rows beyond the tokenizer are padding of the table; the reference cuts them off on loading.
+            # Logits beyond the tokenizer's vocabulary are padding, which the reference cuts off on loading.
             token = sampler.next(logits[: self._tokenizer.vocabulary_size])
             if token in sampler.options.stop_ids:
                 break
@@ -239,7 +243,7 @@ class VideoSession:
 
 @dataclass
 class _TextStream:
-    """Turns ids into pieces of text, holding back bytes that do not form a character yet."""
+    """Turns token ids into pieces of text, and holds back bytes that do not form a character yet."""
 
     tokenizer: ChatTokenizer
     on_text: OnText

@@ -1,1 +1,1 @@
-"""Small checkpoints and tokenizers, made at random, for tests, benchmarks and users' own tests."""
+"""Make small random checkpoints and tokenizers, for tests, benchmarks and users' own tests."""

@@ -166,7 +166,7 @@ def demo_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of generation_config.json: greedy, ends at the end of the turn."""
+    """Return the content of generation_config.json: greedy, ends at the end of the turn."""
     end_of_text, im_end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
     return {
         "bos_token_id": end_of_text,
@@ -179,7 +179,7 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def preprocessor_config(size: int) -> dict[str, Any]:
-    """The content of preprocessor_config.json for square frames of `size` pixels."""
+    """Return the content of preprocessor_config.json for square frames of `size` pixels."""
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -216,13 +216,13 @@ def _all_shapes(config: Mapping[str, Any], tower: Tower) -> Shapes:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Random float32 values for one tensor, sized so that activations stay near 1 and the gates stand open."""
+    """Draw float32 values for one tensor, scaled so that activations stay near 1 and the gates are open."""
     mean, deviation = _distribution(name, shape)
     return np.float32(mean) + np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation by what the tensor is."""
+    """Return the mean and standard deviation for a tensor of this name."""
     if name.endswith("cross_attn_warm_up_gate"):
         return 0.8, 0.0
     if name.endswith("cross_attn_gate_proj.0.bias"):
@@ -242,7 +242,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _write_shards(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Two shards of about half the bytes each, in the order of `tensors`, and their index."""
+    """Write two shards of about half the bytes each, in the order of `tensors`, and their index."""
     total = sum(2 * values.size for values in tensors.values())
     shards: list[dict[str, np.ndarray]] = [{}, {}]
     written = 0

@@ -16,7 +16,7 @@ ORDINARY_TOKENS = 500  # 256 bytes and 244 merges
 
 
 def train_tokenizer(corpus: Sequence[str] = CORPUS, ordinary_tokens: int = ORDINARY_TOKENS) -> Tokenizer:
-    """Train the tokenizer; equal in every run.
+    """Train the tokenizer, which is equal in every run.
 
     The first ids are ordinary tokens; the three special tokens follow, as in Qwen2. Every byte is a token, so any
     text comes back from `decode` as it was, in Unicode's NFC form.
@@ -44,7 +44,7 @@ def train_tokenizer(corpus: Sequence[str] = CORPUS, ordinary_tokens: int = ORDIN
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """The content of tokenizer_config.json; `max_length` in tokens."""
+    """Return the content of tokenizer_config.json; `max_length` in tokens."""
     return {
         "add_prefix_space": False,
         "added_tokens_decoder": {

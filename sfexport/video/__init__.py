@@ -1,1 +1,1 @@
-"""From a file to pixels: choosing frames, decoding them, and shaping them for the vision tower."""
+"""Turn a video file into pixels: choose frames, decode them, and preprocess them for the vision tower."""

@@ -1,4 +1,4 @@
-"""What a file is before any decoder sees it: checks with clear refusals, and what is known of a clip."""
+"""Check a video's path and file before it is decoded, and describe an open clip."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from sfexport.errors import InputError, VideoError
 
 STANDARD_INPUT = "-"
 STDIN_LIMIT = 16 * 2**30  # bytes; an endless stream must not fill the disk
-# One slash where a Path has swallowed the other. One letter alone is a drive of Windows.
+# A Path turns two slashes into one. One letter alone is a drive of Windows.
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a clip once it is open.
+    """Properties of an open clip.
 
     Attributes:
-        frame_count: frames that can be asked for, at least 1.
-        fps: average frames per second, positive; 1.0 for a picture; not a number for frames in memory of unknown rate.
-        width, height: pixels of a frame as displayed, that is after `rotation`.
-        duration_seconds: from the first frame's start to the last one's end; 0.0 for a picture.
+        frame_count: number of frames, at least 1.
+        fps: average frames per second, positive; 1.0 for a picture; NaN for frames in memory of unknown rate.
+        width: pixels of a frame as displayed, that is after `rotation`.
+        height: pixels of a frame as displayed.
+        duration_seconds: time from the first frame's start to the last one's end; 0.0 for a picture.
         rotation: clockwise degrees by which frames are turned to stand upright: 0, 90, 180 or 270.
-        is_picture: a still picture, not a clip that happens to have one frame.
+        is_picture: True for a still picture, False for a clip, even of one frame.
     """
 
     path: Path
@@ -44,10 +45,10 @@ class VideoInfo:
 
 
 def local_path(video: str | os.PathLike[str]) -> Path:
-    """The path that a path or a file:// URL names.
+    """Return the local path of a path or a file:// URL.
 
     Raises:
-        VideoError: a URL of another kind, or one of another machine; a path that no file can have.
+        VideoError: it is a URL of another kind or machine, or a path that no file can have.
     """
     text = os.fsdecode(video)
     if not text:
@@ -59,7 +60,7 @@ def local_path(video: str | os.PathLike[str]) -> Path:
         return Path(text)
     scheme, slashes, rest = url.groups()
     if scheme.lower() != "file":
-        # A folder named like a protocol may be meant where one slash was written.
+        # With one slash, a folder named like a protocol may be meant.
         if len(slashes) == 1 and os.path.isdir(f"{scheme}:"):
             return Path(text)
         shown = text if len(slashes) == 2 else f"{scheme}://{rest}"
@@ -74,7 +75,7 @@ def local_path(video: str | os.PathLike[str]) -> Path:
 
 
 def _path_of_file_url(rest: str, has_host: bool) -> Path | None:
-    """Of what follows 'file:/' or, with a host (usually empty), 'file://'."""
+    """Return the path of the text after 'file:/' or, with a host (usually empty), 'file://'."""
     if not has_host:
         return Path("/" + unquote(rest))
     host, slash, path = rest.partition("/")
@@ -85,7 +86,7 @@ def spool_standard_input() -> Path:
     """Copy standard input to a temporary file, which the caller deletes.
 
     Raises:
-        VideoError: nothing is piped in, it is endless, or it does not fit on the disk.
+        VideoError: nothing is piped in, the stream is endless, or it does not fit on the disk.
     """
     source = getattr(sys.stdin, "buffer", None)
     if source is None or sys.stdin.isatty():
@@ -115,17 +116,17 @@ def spool_standard_input() -> Path:
 
 
 def check_rate(fps: float | None) -> None:
-    """Raises InputError for a rate that is neither None nor a positive number."""
+    """Raise InputError for a rate that is neither None nor a positive number."""
     is_number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
     if fps is not None and not (is_number and 0 < fps <= sys.float_info.max):
         raise InputError(f"fps is {fps!r}; it must be a positive number of frames per second.", "Pass fps=25.")
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no readable file with something in it. Only its type is looked at before it is opened.
+    """Check that a path is a readable regular file that is not empty; its type is checked before it is opened.
 
     Raises:
-        VideoError: saying which it is.
+        VideoError: it is not, and the message says why.
     """
     try:
         mode = path.stat().st_mode

@@ -1,4 +1,4 @@
-"""A folder of pictures as a clip: data sets keep videos so."""
+"""Read a folder of pictures as a clip, the form in which many data sets keep videos."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ FOLDER_HINT = "A folder is taken as a clip if it holds its frames and nothing el
 class FrameFolder:
     """The pictures of a folder in the order of their names, numbers by their value (frame_2 before frame_10).
 
-    Hidden files are passed over.
+    Hidden files are ignored.
     """
 
     def __init__(self, path: Path, fps: float | None = None) -> None:
-        """Look at every file's beginning.
+        """Read the beginning of every file.
 
         Args:
-            fps: frames per second; None: unknown, and `info.fps` is not a number.
+            fps: frames per second; None: unknown, and `info.fps` is NaN.
 
         Raises:
-            VideoError: a file that is no picture, a picture of another size, no picture at all.
+            VideoError: a file is not a picture, a picture has another size, or there is none.
             InputError: `fps` is not a positive number.
         """
         check_rate(fps)
@@ -84,7 +84,7 @@ def _upright_size(file: Path) -> tuple[int, int]:
     if image is None:
         raise VideoError(f"'{file}', in the directory '{file.parent}', is not a picture.", FOLDER_HINT)
     with image:
-        # Pillow turns TIFF itself.
+        # Pillow turns TIFF upright itself.
         tag = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
         return Orientation.from_exif(tag).size(*image.size)
 

@@ -1,4 +1,4 @@
-"""Which compressed packet makes which frame, and where decoding can start, read from packets.
+"""Find out from packets which packet makes which frame, and where decoding can start.
 
 A packet is known by its ordinal: its position among the stream's packets when the file is read from the beginning.
 Times after a jump may differ from those of a reading from the beginning; ordinals are recognised by content.
@@ -15,14 +15,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class PacketInfo:
-    """What the timeline needs to know of one compressed frame; times in the stream's time base.
+    """One compressed frame's properties for the timeline; times are in the stream's time base.
 
     Attributes:
         is_shown: False for packets that are decoded only because others refer to them (edit lists).
-        place: bytes from the file's start, where the container says.
+        place: bytes from the file's start; None if the container does not say.
         content: a hash of size and content.
-        size: bytes.
-        is_corrupt: the container says that something was lost or changed here.
+        size: size in bytes.
+        is_corrupt: the container flags a loss or a change here.
     """
 
     pts: int | None
@@ -41,8 +41,10 @@ class SeekPoint:
     """A key packet that decoding can start at.
 
     Attributes:
-        ordinal: the packet's. pts, dts: its times, to ask the container for.
-        frame: the frame that it makes; what comes out for earlier frames after a jump here is not to be used.
+        ordinal: the packet's ordinal.
+        pts: presentation time to seek.
+        dts: decoding time to seek.
+        frame: index of the packet's frame; after a jump here, earlier frames must not be used.
     """
 
     ordinal: int
@@ -61,10 +63,10 @@ class Timeline:
             frames apart.
         stamps: int64 [frames], increasing: presentation times, or 0, 1, 2, ... where the file has no usable ones.
         identities: int64 [packets]: a hash of each, by which it is recognised (see `identity`).
-        has_places: whether identities contain the packets' places.
+        has_places: True if identities contain the packets' places.
         seek_points: int64 [k, 4], ascending: the fields of each SeekPoint.
-        is_timed: whether stamps are times.
-        last_duration: how long the last frame shows, in the time base; 0 where unknown.
+        is_timed: True if stamps are times.
+        last_duration: duration of the last frame, in the time base; 0 if unknown.
     """
 
     order: np.ndarray
@@ -78,11 +80,11 @@ class Timeline:
 
     @classmethod
     def from_packets(cls, packets: Iterable[PacketInfo], trust_times: bool = True) -> Timeline | None:
-        """The timeline by the packets' times; None where they have none that can be trusted (decode to find out).
+        """Make the timeline of the packets' times; None if they have no times that can be trusted (then decode).
 
         Args:
-            packets: in file order.
-            trust_times: False says that their pts mean nothing.
+            packets: packets in file order.
+            trust_times: False if their pts mean nothing.
         """
         packets = list(packets)
         shown = [(p.pts, ordinal) for ordinal, p in enumerate(packets) if p.is_shown]
@@ -100,7 +102,7 @@ class Timeline:
 
     @classmethod
     def from_decoding(cls, packets: Sequence[PacketInfo], ordinals: Sequence[int | None]) -> Timeline:
-        """The timeline of a clip that has been decoded once; `ordinals`: each frame's packet, as it came out."""
+        """Make the timeline of a clip that has been decoded once; `ordinals`: the frames' packets in output order."""
         known = [-1 if ordinal is None else ordinal for ordinal in ordinals]
         order = np.array(known, np.int64)
         is_clear = -1 not in known and len(set(known)) == len(known)
@@ -110,7 +112,7 @@ class Timeline:
         return cls(order, frames, np.arange(len(order), dtype=np.int64), identities, points, has_places)
 
     def starting_at(self, frame: int) -> Timeline:
-        """This timeline without the frames before this one, which never come out."""
+        """Return this timeline without the frames before this one, which the decoder never gives."""
         if not frame:
             return self
         points = self.seek_points[self.seek_points[:, 3] >= frame] - [0, 0, 0, frame]
@@ -118,16 +120,16 @@ class Timeline:
         return replace(self, order=self.order[frame:], stamps=self.stamps[frame:], frames=frames, seek_points=points)
 
     def number(self, ordinal: int | None, counted: int) -> int:
-        """The index of the frame that this packet makes; -1: of none.
+        """Return the index of the frame that a packet makes, or -1.
 
-        Where packets do not tell frames apart it is `counted`: how many came out before.
+        If packets do not tell frames apart, it is `counted`, the number of frames that came out before.
         """
         if not len(self.frames):
             return counted
         return int(self.frames[ordinal]) if ordinal is not None and 0 <= ordinal < len(self.frames) else -1
 
     def without_seek_points(self, last: SeekPoint, count: int) -> Timeline:
-        """This timeline without `last` and the seek points before it, `count` in all."""
+        """Return this timeline without `last` and the seek points before it, `count` in all."""
         end = int(np.searchsorted(self.seek_points[:, 0], last.ordinal)) + 1
         return replace(self, seek_points=np.delete(self.seek_points, slice(max(end - count, 1), end), axis=0))
 
@@ -135,23 +137,23 @@ class Timeline:
         return replace(self, seek_points=self.seek_points[:0])
 
     def seek_point(self, frame: int, steps_back: int = 0) -> SeekPoint | None:
-        """The last seek point not after `frame`, or one `steps_back` earlier; None: start at the beginning."""
+        """Return the last seek point not after `frame`, or one `steps_back` earlier; None: start at the beginning."""
         at = int(np.searchsorted(self.seek_points[:, 3], frame, side="right")) - 1 - steps_back
         # The first one is the beginning itself.
         return SeekPoint(*self.seek_points[at].tolist()) if at > 0 else None
 
     def is_worth_a_seek(self, passed: int, frame: int) -> bool:
-        """Whether jumping to the seek point of `frame` skips any packet behind those up to the ordinal `passed`."""
+        """Return whether a jump to the seek point of `frame` skips any packet after the ordinal `passed`."""
         point = self.seek_point(frame)
         return point is not None and point.ordinal > passed + 1
 
     def may_have_losses(self) -> bool:
-        """Whether a frame shows for more than one and a half times as long as most do: one behind it may be lost."""
+        """Return whether a frame lasts over 1.5 times the median: one after it may be lost."""
         durations = np.diff(self.stamps)
         return self.is_timed and bool(len(durations) and durations.max() > 1.5 * np.median(durations))
 
     def span(self) -> int:
-        """From the first frame's start to the last one's end, in the time base; 0 without times."""
+        """Return the time from the first frame's start to the last one's end, in the time base; 0 without times."""
         if not self.is_timed or not len(self.stamps):
             return 0
         return int(self.stamps[-1] - self.stamps[0]) + self.last_duration
@@ -164,7 +166,7 @@ def _frames(order: np.ndarray, packets: int) -> np.ndarray:
 
 
 def identity(place: int | None, content: int, has_places: bool) -> int:
-    """What a packet is recognised by, wherever the reading started. Some containers know no stable places."""
+    """Return a hash that recognises a packet wherever reading started; some containers have no stable places."""
     return hash((place, content)) if has_places else content
 
 
@@ -174,9 +176,9 @@ def _identities(packets: Sequence[PacketInfo]) -> tuple[np.ndarray, bool]:
 
 
 def _seek_points(packets: Sequence[PacketInfo], identities: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Key packets that have a time, make a frame and are like no other, as far as their frames ascend with them.
+    """List key packets that have a time, make a frame and are unique, as long as their frames ascend with them.
 
-    None in a recording with losses: how a decoder covers them up depends on where it began.
+    A recording with losses has none: its pixels after a loss depend on where the decoder began.
     """
     if any(packet.is_corrupt for packet in packets):
         return np.empty((0, 4), np.int64)
@@ -194,9 +196,9 @@ def _seek_points(packets: Sequence[PacketInfo], identities: np.ndarray, order: n
 
 
 def _has_usable_times(packets: list[PacketInfo]) -> bool:
-    """Every frame has a time, and the file is one recording: its decoding order never jumps back.
+    """Return whether every frame has a time, and decoding times never jump back.
 
-    Joined recordings whose clocks restart would have their frames interleaved by sorting.
+    They do in joined recordings whose clocks restart; sorting would interleave the frames of those.
     """
     if any(p.pts is None for p in packets):
         return False
