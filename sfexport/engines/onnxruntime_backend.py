@@ -16,9 +16,8 @@ import numpy as np
 
 from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
-from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.dtypes import Precision
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs import names
 from sfexport.versions import FIRST_WEIGHTS_FOLDER, is_older
@@ -139,37 +138,29 @@ class OnnxRuntimeBackend(Backend):
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
         frames, cells, _ = slow_tokens.shape
-        fast = self.config.slow_fast.fast
-        feeds = {
-            names.SLOW_TOKENS: self._float(slow_tokens),
-            names.FRAME_WEIGHTS: self._value(frame_weights(frames, fast)),
-        }
-        if fast.spatial_stride > 1:
-            feeds[names.CELL_WEIGHTS] = self._value(cell_weights(cells, fast.spatial_stride))
+        feeds = self._values(compressor_feeds(slow_tokens, self.config.slow_fast.fast))
         fast_tokens, *slow = self._run("compressor", [names.FAST_TOKENS, *self._slow_names], feeds)
         return _float32(fast_tokens), KeyValues(tuple(slow), frames * cells) if slow else None
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        length = step.inputs_embeds.shape[1]
-        total = step.start + length
-        feeds = {
-            names.EMBEDS: self._float(step.inputs_embeds),
-            names.POSITIONS: self._value(np.arange(step.start, total, dtype=np.int64)[None]),
-            names.MASK: self._value(np.ones((1, total), dtype=bool)),
-            **self._key_values(self._past_names, step.past),
-        }
-        if self._slow_names:
-            feeds[names.SLOW_ATTENDS] = self._value(step.slow_attends[None])
-            feeds[names.SLOW_LENGTHS] = self._value(np.array([step.slow.length if step.slow else 0], dtype=np.int64))
-            feeds |= self._key_values(self._slow_names, step.slow)
+        feeds = self._values(decoder_feeds(step, self.config))
+        feeds |= self._key_values(self._past_names, step.past) | self._key_values(self._slow_names, step.slow)
         logits, *present = self._run("decoder", [names.LOGITS, *self._present_names], feeds)
-        return logits.numpy()[0], KeyValues(tuple(present), total)
+        return logits.numpy()[0], KeyValues(tuple(present), step.end)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
         return [value.numpy() for value in tensors.tensors]
 
     def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
         return KeyValues(tuple(self._float(a) for a in arrays), arrays[0].shape[2])
+
+    def _values(self, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Values of a graph's inputs: frame and cell weights stay float32, other floats get the graphs' own type."""
+        plain = (names.FRAME_WEIGHTS, names.CELL_WEIGHTS)
+        return {
+            name: self._float(array) if array.dtype == np.float32 and name not in plain else self._value(array)
+            for name, array in feeds.items()
+        }
 
     def _float(self, array: np.ndarray) -> Any:
         """A value in the graphs' own type."""

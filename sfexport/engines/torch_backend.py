@@ -15,8 +15,9 @@ import numpy as np
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config_fields import ConfigFields
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues, decoder_feeds
 from sfexport.errors import CheckpointError, MissingDependency
+from sfexport.graphs import names
 
 if TYPE_CHECKING:
     from sfexport.exporting.dequantize import RoundedMatrix
@@ -52,8 +53,8 @@ def load_model(checkpoint: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     opened = Checkpoint.open(checkpoint)
-    names = (n for n in ConfigFields.__struct_fields__ if n in opened.raw_config and n != "quantization_config")
-    config = LlavaQwenSlowFastConfig(**{name: opened.raw_config[name] for name in names})
+    fields = (n for n in ConfigFields.__struct_fields__ if n in opened.raw_config and n != "quantization_config")
+    config = LlavaQwenSlowFastConfig(**{name: opened.raw_config[name] for name in fields})
     config.set_tower(opened.tower)
     state = _plain_state(opened)
     model, found = LlavaQwenSlowFastForCausalLM.from_pretrained(
@@ -149,19 +150,18 @@ class TorchBackend(Backend):
         past = step.past.tensors if step.past else ()
         # A fresh cache each step: K/V handed out earlier (a shared prefix) must not grow.
         cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in layers] if past else None)
-        embeds = torch.from_numpy(step.inputs_embeds)
-        positions = torch.arange(step.start, step.start + embeds.shape[1])[None]
+        feeds = decoder_feeds(step, self.config)
         with torch.inference_mode():
             out = self.lm(
-                inputs_embeds=embeds,
-                position_ids=positions,
+                inputs_embeds=torch.from_numpy(feeds[names.EMBEDS]),
+                position_ids=torch.from_numpy(feeds[names.POSITIONS]),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
                 **self._slow(step),
             )
         present = tuple(x for layer in cache.layers for x in (layer.keys, layer.values))
-        return out.logits[0, -1].float().numpy(), KeyValues(present, step.start + embeds.shape[1])
+        return out.logits[0, -1].float().numpy(), KeyValues(present, step.end)
 
     def _slow(self, step: DecoderStep) -> dict[str, Any]:
         import torch

@@ -1,4 +1,4 @@
-"""The TensorRT backend: three engines, one scratch buffer, K/V that stay on the GPU. No torch.
+"""Run engines with TensorRT: three engines, one scratch buffer, K/V that stay on the GPU. No torch.
 
 K/V of a session's prefix are kept while answers are generated, so a step never writes where it reads: it takes a
 set of buffers from a pool, and a set returns there when its K/V are no longer referred to. All have the size of the
@@ -18,9 +18,8 @@ import numpy as np
 
 from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
-from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.dtypes import from_tensorrt
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.interface import Backend, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
 from sfexport.engines.profiles import DECODE, PREFILL
 from sfexport.engines.tensorrt.cuda import Buffer, Stream
 from sfexport.engines.tensorrt.library import make_logger
@@ -44,7 +43,7 @@ def numpy_type(tensorrt_type: Any) -> np.dtype:
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Part of a buffer, dense. `owner` keeps the memory alive."""
+    """Describe a dense part of a buffer; `owner` keeps the memory alive."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -58,20 +57,21 @@ class DeviceTensor:
 
 
 class _Owned(Buffer):
-    """A buffer that is freed with the last reference."""
+    """Own device memory and free it with the last reference."""
 
     def __del__(self) -> None:
-        # When the process ends the driver may go first; there is nobody left to tell.
+        # At interpreter exit CUDA may already be shut down; ignore the error.
         with contextlib.suppress(SfexportError):
             if hasattr(self, "pointer"):
                 self.free()
 
 
 class _Pool:
-    """Equal buffers, lent and given back."""
+    """Lend buffers of one size and take them back."""
 
     def __init__(self, size: int) -> None:
-        self.size, self._free = size, []
+        self.size = size
+        self._free: list[Buffer] = []
 
     def lend(self) -> _Lease:
         return _Lease(self, self._free.pop() if self._free else _Owned(self.size))
@@ -81,7 +81,7 @@ class _Pool:
 
 
 class _Lease:
-    """A buffer of a pool; it returns with the last reference."""
+    """Hold a buffer of a pool and return it there with the last reference."""
 
     def __init__(self, pool: _Pool, buffer: Buffer) -> None:
         self._pool, self.buffer = pool, buffer
@@ -91,7 +91,7 @@ class _Lease:
 
 
 class Engine:
-    """One deserialised engine with one execution context."""
+    """Run one deserialised engine with one execution context."""
 
     def __init__(self, trt: Any, runtime: Any, file: Path, logger: Any) -> None:
         """Raises BundleError where TensorRT does not take the file."""
@@ -117,10 +117,10 @@ class Engine:
             (self.inputs if is_input else self.outputs).append(name)
             if is_input:
                 shapes = [engine.get_tensor_profile_shape(name, p) for p in range(engine.num_optimization_profiles)]
-                self._ranges[name] = [(tuple(least), tuple(most)) for least, _, most in shapes]
+                self._ranges[name] = [(tuple(smallest), tuple(largest)) for smallest, _, largest in shapes]
 
     def prepare(self, scratch: Buffer) -> None:
-        """Make the context, with memory that all engines share."""
+        """Make the execution context, with scratch memory that all engines share."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = self.engine.create_execution_context(strategy)
         if self.context is None:
@@ -128,23 +128,23 @@ class Engine:
         self.context.set_device_memory(scratch.pointer, scratch.size)
 
     def max_shape(self, name: str, profile: int) -> tuple[int, ...]:
-        """The largest shape of an input in a profile."""
+        """Return the largest shape of an input in a profile."""
         return self._ranges[name][profile][1]
 
     def max_shapes(self, name: str) -> list[tuple[int, ...]]:
-        """The largest shape of an input in each profile; nothing for an output."""
-        return [most for _, most in self._ranges.get(name, [])]
+        """Return the largest shape of an input in each profile; nothing for an output."""
+        return [largest for _, largest in self._ranges.get(name, [])]
 
     def profile_for(self, name: str, shape: tuple[int, ...]) -> int:
-        """The first profile that takes `shape` for an input; 0 where none does, whose refusal then explains it."""
+        """Return the first profile that takes `shape` for an input; 0 where none does (running it says why)."""
         return next((i for i in range(len(self._ranges[name])) if self._takes(name, shape, i)), 0)
 
     def _takes(self, name: str, shape: tuple[int, ...], profile: int) -> bool:
-        least, most = self._ranges[name][profile]
-        return len(shape) == len(most) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+        smallest, largest = self._ranges[name][profile]
+        return len(shape) == len(largest) and all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
 
     def run(self, tensors: Mapping[str, DeviceTensor], stream: Stream, profile: int = 0) -> None:
-        """Enqueue. Every input and output needs an entry; inputs' shapes are checked against the profile.
+        """Enqueue the engine. Every input and output needs an entry; inputs' shapes are checked against the profile.
 
         Raises:
             InputError: a shape the engine was not built for. SfexportError: TensorRT fails; with the tensor's name.
@@ -169,18 +169,24 @@ class Engine:
     def _check_shape(self, name: str, shape: tuple[int, ...], profile: int) -> None:
         if self._takes(name, shape, profile):
             return
-        least, most = self._ranges[name][profile]
+        smallest, largest = self._ranges[name][profile]
         option = next((o for prefix, o in _LIMITS.items() if name.startswith(prefix)), None)
         hint = f"Build the engines again with a larger {option}." if option else "Build the engines again."
         raise InputError(
-            f"{name} of shape {list(shape)} does not fit the {self.name} engine, which takes {list(least)} to "
-            f"{list(most)}.",
+            f"{name} of shape {list(shape)} does not fit the {self.name} engine, which takes {list(smallest)} to "
+            f"{list(largest)}.",
             hint,
         )
 
 
 class TensorRTBackend(Backend):
-    """Args: `directory` holds one .engine file per graph; `trt` is the tensorrt module, plugins registered."""
+    """Run the three graphs with TensorRT.
+
+    Args:
+        trt: the tensorrt module, with the plugins registered.
+        directory: directory that holds one .engine file per graph.
+        config: the model's.
+    """
 
     name = RUNTIME
 
@@ -215,16 +221,13 @@ class TensorRTBackend(Backend):
         return self._download(tensors[names.PROJECTED if single_image else names.SLOW_TOKENS])
 
     def compress(self, slow_tokens: np.ndarray) -> tuple[np.ndarray, KeyValues | None]:
-        engine, fast, text = self._engines["compressor"], self.config.slow_fast.fast, self.config.text
+        engine, text = self._engines["compressor"], self.config.text
         frames, cells, hidden = slow_tokens.shape
-        weights = frame_weights(frames, fast)
-        feeds = {names.SLOW_TOKENS: slow_tokens, names.FRAME_WEIGHTS: weights}
-        fast_cells = cells
-        if fast.spatial_stride > 1:
-            feeds[names.CELL_WEIGHTS] = cell_weights(cells, fast.spatial_stride)
-            fast_cells = len(feeds[names.CELL_WEIGHTS])
+        feeds = compressor_feeds(slow_tokens, self.config.slow_fast.fast)
+        fast_frames = len(feeds[names.FRAME_WEIGHTS])
+        fast_cells = len(feeds[names.CELL_WEIGHTS]) if names.CELL_WEIGHTS in feeds else cells
         tensors = {name: self._upload(engine, name, array) for name, array in feeds.items()}
-        tensors[names.FAST_TOKENS] = self._reuse(engine, names.FAST_TOKENS, (len(weights) * fast_cells, hidden))
+        tensors[names.FAST_TOKENS] = self._reuse(engine, names.FAST_TOKENS, (fast_frames * fast_cells, hidden))
         shape = (1, text.num_kv_heads, frames * cells, text.head_dim)
         slow = tuple(self._allocate(engine, name, shape) for name in self._slow_names)
         tensors |= zip(self._slow_names, slow, strict=True)
@@ -232,21 +235,13 @@ class TensorRTBackend(Backend):
         return self._download(tensors[names.FAST_TOKENS]), KeyValues(slow, frames * cells) if slow else None
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        engine, length = self._decoder, step.inputs_embeds.shape[1]
-        total = step.start + length
+        engine, total = self._decoder, step.end
         if total > self._longest:
             raise InputError(
                 f"Prompt and answer reach {total} tokens; these engines are built for {self._longest}.",
                 "Build the engines again with larger --max-question-tokens, --max-new-tokens or --frames.",
             )
-        feeds = {
-            names.EMBEDS: step.inputs_embeds,
-            names.POSITIONS: np.arange(step.start, total, dtype=np.int64)[None],
-            names.MASK: np.ones((1, total), dtype=bool),
-        }
-        if self._slow_names:
-            feeds[names.SLOW_ATTENDS] = step.slow_attends[None]
-            feeds[names.SLOW_LENGTHS] = np.array([step.slow.length if step.slow else 0], dtype=np.int64)
+        feeds = decoder_feeds(step, self.config)
         tensors = {name: self._upload(engine, name, array) for name, array in feeds.items()}
         if self._slow_names:
             slow = step.slow or self._absent_slow()
@@ -256,7 +251,7 @@ class TensorRTBackend(Backend):
         present = self._key_values(total)
         tensors |= zip(self._present_names, present, strict=True)
         tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (1, self.config.text.vocab_size))
-        is_decode = length == 1 and step.start > 0
+        is_decode = total == step.start + 1 and step.start > 0
         engine.run(tensors, self._stream, _PROFILES.index(DECODE if is_decode else PREFILL))
         return self._download(tensors[names.LOGITS])[0], KeyValues(present, total)
 
@@ -273,7 +268,7 @@ class TensorRTBackend(Backend):
         return KeyValues(tuple(tensors), arrays[0].shape[2])
 
     def _key_values(self, length: int) -> tuple[DeviceTensor, ...]:
-        """A set of K/V for `length` positions in a buffer of the pool."""
+        """Make a set of K/V for `length` positions in a buffer of the pool."""
         lease, text = self._pool.lend(), self.config.text
         step = self._kv_size * self._longest
         shape = (1, text.num_kv_heads, length, text.head_dim)
@@ -281,7 +276,7 @@ class TensorRTBackend(Backend):
         return tuple(DeviceTensor(start + i * step, shape, self._kv_type, lease) for i in range(len(self._past_names)))
 
     def _absent_slow(self) -> KeyValues:
-        """One token that nobody attends to: an engine takes no empty tensor here."""
+        """Return K/V of one token that no position attends to: an engine takes no empty tensor here."""
         if self._no_slow is None:
             text = self.config.text
             zero = np.zeros((1, text.num_kv_heads, 1, text.head_dim), dtype=self._kv_type)
@@ -289,13 +284,13 @@ class TensorRTBackend(Backend):
         return self._no_slow
 
     def _allocate(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
-        """Memory of its own: for what outlives the call."""
+        """Allocate memory of its own, for a tensor that outlives the call."""
         dtype = engine.types[name]
         buffer = _Owned(int(np.prod(shape)) * dtype.itemsize)
         return DeviceTensor(buffer.pointer, tuple(shape), dtype, buffer)
 
     def _reuse(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
-        """Memory that the next call uses again; an input's is as large as the engine takes, so that it never grows."""
+        """Return memory that the next call reuses; an input's has the engine's largest size, so it never grows."""
         dtype, key = engine.types[name], (engine.name, name)
         size = max(int(np.prod(s)) for s in (shape, *engine.max_shapes(name))) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].size < size:
@@ -310,7 +305,7 @@ class TensorRTBackend(Backend):
         return replace(tensor, owner=(tensor.owner, array))
 
     def _download(self, tensor: DeviceTensor) -> np.ndarray:
-        """On the host, floats as float32."""
+        """Copy a tensor to the host, floats as float32."""
         out = np.empty(tensor.shape, dtype=tensor.dtype)
         self._stream.to_host(out, tensor.pointer)
         self._stream.synchronize()
