@@ -12,9 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
-from recorder import Recorder
-from trt_bindings.execution import HostExecution
-from trt_bindings.host_cuda import HostDriver
+from trt_fake.execution import HostExecution
+from trt_fake.host_cuda import HostDriver
+from trt_fake.recorder import Recorder
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.graphs.cross_attention import DOMAIN, cross_attention_function

@@ -1,4 +1,4 @@
-"""The build against the API of TensorRT 10.3, 10.16 and 11.4 (tests/recorder.py), down to the order of calls."""
+"""The build against the API of TensorRT 10.3, 10.16 and 11.4 (tests/trt_fake/recorder.py), to the order of calls."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from sfexport.errors import InputError
 from sfexport.qa.prompt import MAX_QUESTION, ChatTokenizer, build_prompt
 from sfexport.testing.tokenizer import train_tokenizer
 
-PROMPTS = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text())
+PROMPTS = json.loads((Path(__file__).parents[1] / "golden" / "prompts.json").read_text())
 SPECIAL = {
     "__two_rounds__ Q1/A1/Q2": build_prompt("Q2", rounds=[("Q1", "A1")]),
     "__text_only__ hello": build_prompt("hello", video=False),

@@ -1,4 +1,4 @@
-"""The recorder's parser, engines and contexts (tests/trt_bindings/parsing.py, engines.py), and host memory."""
+"""The recorder's parser, engines and contexts (tests/trt_fake/parsing.py, engines.py), and host memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from recorder import Recorder
-from trt_bindings.execution import HostExecution
-from trt_bindings.host_cuda import HostDriver
-from trt_bindings.small import RANGE, WEIGHTS, Build, write_graph, write_sum
 from trt_bindings.surface import VERSIONS
+
+from trt_fake.execution import HostExecution
+from trt_fake.host_cuda import HostDriver
+from trt_fake.recorder import Recorder
+from trt_fake.small import RANGE, WEIGHTS, Build, write_graph, write_sum
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 # Versions with load_model_proto.

@@ -13,8 +13,8 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from .signatures import bind, parameters
-from .surface import Surface
+from trt_bindings.signatures import bind, parameters
+from trt_bindings.surface import Surface
 
 INTERNAL = ("__module__", "__dict__", "__weakref__", "__doc__", "__qualname__")
 

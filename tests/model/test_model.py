@@ -30,7 +30,7 @@ from transformers import (  # noqa: E402  # noqa: E402
 
 from sfexport.model import LlavaQwenSlowFastConfig, LlavaQwenSlowFastForCausalLM  # noqa: E402
 
-UPSTREAM_KEYS = Path(__file__).parent / "golden" / "upstream_7b_keys.json"
+UPSTREAM_KEYS = Path(__file__).parents[1] / "golden" / "upstream_7b_keys.json"
 VIDEO = -200
 CLIP = VitTower("clip", 64, 3, 2, 96, 14, 56, -2, 1e-5, "quick_gelu")
 SIGLIP = VitTower("siglip", 48, 3, 3, 64, 14, 56, -2, 1e-6, "gelu_tanh")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from fake_machines import H100, LAPTOP, ORIN_62, ORIN_72, ORIN_NANO, THOR, Device, FakeCuda, FakeProbe, memory
 from helpers import assert_says
-from machines import H100, LAPTOP, ORIN_62, ORIN_72, ORIN_NANO, THOR, Device, FakeCuda, FakeProbe, memory
 
 from sfexport.errors import InputError
 from sfexport.kernels.launch_config import SMS

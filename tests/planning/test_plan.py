@@ -27,7 +27,7 @@ from sfexport.planning.plan import CPU, Plan, plan
 from sfexport.planning.report import show
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ["fp32", "bf16", "int4+bf16", "int4+int8"]
 AGX = "jetson-orin-agx-64"
 

@@ -41,7 +41,7 @@ from sfexport.planning.flops import (
 from sfexport.testing.random_checkpoint import TOWER, demo_config, write_random_checkpoint
 from sfexport.testing.tokenizer import train_tokenizer
 
-KEYS: dict[str, list[int]] = json.loads((Path(__file__).parent / "golden/upstream_7b_keys.json").read_text())
+KEYS: dict[str, list[int]] = json.loads((Path(__file__).parents[1] / "golden/upstream_7b_keys.json").read_text())
 WIDE = ConvNextTower(depths=(2, 1), widths=(8, 24), stem_patch=8, kernel=5)
 CLIP = VitTower("clip", 32, 3, 4, 48, 8, 64, -2, 1e-5, "quick_gelu")
 SIGLIP = VitTower("siglip", 24, 2, 2, 56, 16, 96, -1, 1e-6, "gelu_tanh")
@@ -150,7 +150,7 @@ def test_a_model_without_slow_branch() -> None:
 @pytest.fixture(scope="module")
 def released() -> ModelConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         from sparse_checkpoint import QWEN2_7B
     return ModelConfig.from_dict(QWEN2_7B)
 
@@ -225,7 +225,7 @@ def test_int4_is_what_a_quantised_bundle_holds(
 
 def test_more_frames_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch, released: ModelConfig) -> None:
     """16 to 128 frames for about 2 % more prefill; all frames in self-attention: more than nine times as much."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import frames
 
     base, _ = frames.prompt_flops(released, frames.all_frames_lengths(16))
@@ -237,7 +237,7 @@ def test_more_frames_cost_what_the_paper_says(monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_the_plot_is_an_svg_with_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from frames_plot import HEIGHT, WIDTH, Line, draw
 
     lines = [Line("a < b", "#000", [(16, 1.0), (128, 1.02)], points=True), Line("c", "#111", [(16, 1.0), (128, 9.5)])]

@@ -6,7 +6,7 @@
     assert recorder.arguments("IBuilderConfig.set_memory_pool_limit") == [...]
 
 It offers what the real Python bindings of that version offer and nothing else (trt_bindings/surface_*.json, written
-from the real bindings and compared with them by test_tensorrt_bindings.py), checks arguments against their signatures,
+from the real bindings and compared with them by test_bindings.py), checks arguments against their signatures,
 and raises NotRecorded for what exists but is not played here. The parser reads real ONNX files; a build refuses what
 TensorRT refuses (None, and a line to the logger).
 """
@@ -21,9 +21,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from trt_bindings import engines, fakes, parsing, plugins
-from trt_bindings.guard import NotRecorded, fits, make_enum, set_up, versioned
 from trt_bindings.surface import Surface
+
+from trt_fake import engines, fakes, parsing, plugins
+from trt_fake.guard import NotRecorded, fits, make_enum, set_up, versioned
 
 # The newest ONNX operator set that each version's parser takes.
 OPSETS = {"10.3": 20, "10.16": 24, "11.4": 24}

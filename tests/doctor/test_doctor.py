@@ -7,8 +7,7 @@ import json
 import platform
 
 import pytest
-from helpers import strict_json
-from machines import (
+from fake_machines import (
     H100,
     LAPTOP,
     ORIN_62,
@@ -22,6 +21,7 @@ from machines import (
     memory,
     power,
 )
+from helpers import strict_json
 
 from sfexport.doctor.diagnosis import Diagnosis, examine, show
 from sfexport.machines.machine import Gpu, detect_machine

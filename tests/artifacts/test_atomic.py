@@ -199,7 +199,7 @@ for i in range(3):
 
 @pytest.mark.parametrize("way", ["exchange", "steps"])
 def test_two_writers_take_turns(way: str, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path / "made", way, str(i)],

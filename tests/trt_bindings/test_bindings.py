@@ -12,17 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from trt_bindings.stubs import Unavailable, make_stubs
-from trt_bindings.surface import VERSIONS, Surface
-from trt_bindings.usage import collect
-from trt_bindings.venvs import COMMAND, Environment, cache, find, make
 
 from sfexport.engines.tensorrt.plugin_operations import OPERATIONS
 from sfexport.graphs.plugin_nodes import PluginSettings
 from sfexport.kernels.launch_config import Integers, combine_launch, split_launch, tiles_for
 from sfexport.versions import FIRST_AOT_PLUGINS, FIRST_MAPPED_WEIGHTS, version_text
+from trt_bindings.stubs import Unavailable, make_stubs
+from trt_bindings.surface import VERSIONS, Surface
+from trt_bindings.usage import collect
+from trt_bindings.venvs import COMMAND, Environment, cache, find, make
 
-PACKAGE = Path(__file__).parents[1] / "sfexport"
+PACKAGE = Path(__file__).parents[2] / "sfexport"
 # Variables that mean something else than elsewhere.
 SPECIAL = {"plugin_v3.py": {"builder": "IExprBuilder"}}
 # What the package uses of TensorRT only where it is there, and the version that has it first.

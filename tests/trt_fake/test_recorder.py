@@ -1,4 +1,4 @@
-"""The recorder (tests/recorder.py) offers what each TensorRT offers, and refuses what TensorRT refuses."""
+"""The recorder (tests/trt_fake/recorder.py) offers what each TensorRT offers, and refuses what TensorRT refuses."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from recorder import OPEN, PLAYED, Call, Recorder
-from trt_bindings.guard import NotRecorded
 from trt_bindings.signatures import parameters
-from trt_bindings.small import RANGE, Build, write_sum
 from trt_bindings.surface import VERSIONS, Surface
+
+from trt_fake.guard import NotRecorded
+from trt_fake.recorder import OPEN, PLAYED, Call, Recorder
+from trt_fake.small import RANGE, Build, write_sum
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 

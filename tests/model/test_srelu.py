@@ -33,7 +33,7 @@ from sfexport.model.activations import ReleaseSReLU  # noqa: E402
 from sfexport.model.projector import build_projector  # noqa: E402
 from sfexport.model.srelu import SAMPLE_ROWS, SReLU, parameter_groups, srelu_modules  # noqa: E402
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "srelu_digits" / "reproduce.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "srelu_digits" / "reproduce.py"
 PARAMETERS = ("t_right", "a_right", "t_left", "a_left")
 CHANNELS = 6
 
