@@ -10,6 +10,7 @@ from typing import Any
 
 from sfexport.errors import InputError
 from sfexport.fields import LARGEST, shown
+from sfexport.printable import printable, shortened
 
 
 def whole_number(value: Any, name: str, least: int = 1, most: int = LARGEST, hint: str = "") -> int:
@@ -47,14 +48,14 @@ def as_path(value: Any, what: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise InputError(f"{what} is a path, a str or a pathlib.Path, not {shown(value)}.")
     if "\0" in os.fspath(value):
-        raise InputError(f"The path {shown(os.fspath(value))} has a NUL character in it.", "Correct it.")
+        raise InputError(f"The path {_path_text(os.fspath(value))} has a NUL character in it.", "Correct it.")
     try:
         os.lstat(value)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise InputError(
-            f"The path {shown(os.fspath(value))} cannot be used: {error.strerror}.", "Correct it."
+            f"The path {_path_text(os.fspath(value))} cannot be used: {error.strerror}.", "Correct it."
         ) from None
     return Path(value)
 
@@ -70,5 +71,10 @@ def as_output(value: Any) -> Path:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         hint = "Choose another with -o, or work in another directory."
-        raise InputError(f"The output {shown(str(path.absolute()))} is not a name in UTF-8.", hint) from None
+        raise InputError(f"The output {_path_text(str(path.absolute()))} is not a name in UTF-8.", hint) from None
     return path
+
+
+def _path_text(path: str) -> str:
+    """Show a path in a message; a very long one keeps both ends."""
+    return f"'{printable(shortened(path))}'"
