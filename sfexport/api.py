@@ -111,7 +111,7 @@ def build(
         SfexportError: the runtime refuses a graph, the weights do not fit into memory, or there is no GPU.
     """
     from sfexport.engines.build import build as build_engines
-    from sfexport.engines.build import check_backend, choose_backend, engine_name
+    from sfexport.engines.build import check_backend, choose_backend
     from sfexport.exporting.open_or_export import open_or_export
 
     source = as_path(source, "The source")
@@ -120,15 +120,9 @@ def build(
     )
     backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
     check_backend(backend, precision, options)
-    if output is None:
-        beside = Path(f"{_directory_name(source)}-bundle")
-        output = Path(f"{_directory_name(source)}-engines") / engine_name(backend, target)
-    else:
-        output = as_output(output)
-        # A place without a name of its own ('.', '/') is refused once it is looked at.
-        beside = output.parent / f"{output.name or _directory_name(output)}-bundle"
+    bundle_path, output = _outputs(source, output, backend, target)
     request = _export_request(backend, options, precision, quantize)
-    bundle = open_or_export(source, beside, output, request, on_step=on_step)
+    bundle = open_or_export(source, bundle_path, output, request, on_step=on_step)
     return build_engines(bundle, output, backend, on_step, force, options, on_progress)
 
 
@@ -308,6 +302,18 @@ def _tensorrt_options(
         kernels=None if kernels is None else as_path(kernels, "The directory of kernels"),
         optimization_level=optimization_level,
     )
+
+
+def _outputs(source: Path, output: str | Path | None, backend: str, target: str | None) -> tuple[Path, Path]:
+    """Return where `build` writes the bundle of a checkpoint, and the engines."""
+    from sfexport.engines.build import engine_name
+
+    if output is None:
+        name = _directory_name(source)
+        return Path(f"{name}-bundle"), Path(f"{name}-engines") / engine_name(backend, target)
+    output = as_output(output)
+    # A place without a name of its own ('.', '/') is refused once it is looked at.
+    return output.parent / f"{output.name or _directory_name(output)}-bundle", output
 
 
 def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> ExportRequest:

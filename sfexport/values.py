@@ -13,8 +13,8 @@ from sfexport.fields import LARGEST, shown
 from sfexport.printable import printable, shortened
 
 
-def whole_number(value: Any, name: str, least: int = 1, most: int = LARGEST, hint: str = "") -> int:
-    """Check that `value` is a whole number in least..most and return it; NumPy's integers are, True and 4.0 are not.
+def whole_number(value: Any, name: str, minimum: int = 1, maximum: int = LARGEST, hint: str = "") -> int:
+    """Return `value` if it is a whole number in minimum..maximum; NumPy's integers are, True and 4.0 are not.
 
     Raises:
         InputError: naming the value and what it may be.
@@ -25,10 +25,10 @@ def whole_number(value: Any, name: str, least: int = 1, most: int = LARGEST, hin
         number = None
     if number is None:
         raise InputError(f"{name} must be a whole number, not {shown(value)}.", hint)
-    if number < least:
-        raise InputError(f"{name} must be at least {least}, not {shown(number)}.", hint)
-    if number > most:
-        raise InputError(f"{name} must be at most {most:,}, not {shown(number)}.", hint)
+    if number < minimum:
+        raise InputError(f"{name} must be at least {minimum}, not {shown(number)}.", hint)
+    if number > maximum:
+        raise InputError(f"{name} must be at most {maximum:,}, not {shown(number)}.", hint)
     return number
 
 

@@ -26,7 +26,7 @@ from sfexport.errors import BundleError, CheckpointError, InputError
 GRAPHS = ("vision_encoder", "compressor", "decoder")
 # Formats that a decoder's linear weights can be rounded to.
 QUANTIZATIONS = ("int4",)
-# Bits of the weights that are held as integers ('taken': the checkpoint's own codes).
+# Bits of the weights that are held as integers ('taken', manifests' word for prequantized: the checkpoint's own codes).
 _INTEGER_BITS = {"int4": 4, "int8": 8, "taken": 4}
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -108,7 +108,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "dola_layers": (None, "decoding by contrasting layers is not built"),
     "guidance_scale": (1.0, "classifier-free guidance is not built"),
     "watermarking_config": (None, "watermarks are not built"),
-    "token_healing": (False, "prompts are taken as they are"),
+    "token_healing": (False, "prompts are used as they are"),
     "use_mtp": (False, "the model has no layers that predict several tokens"),
     "assistant_ensemble_weight": (None, "assistant models are not used"),
     "assistant_model": (None, "assistant models are not used"),

@@ -14,7 +14,7 @@ from sfexport.checkpoint.small_files import read_optional_json
 from sfexport.errors import CheckpointError
 from sfexport.fields import Fields, read_fields, shown, unknown_fields
 
-METHODS = ("gptq", "awq")  # whose rounding is taken over
+METHODS = ("gptq", "awq")  # whose codes are kept as they are
 GROUPS = (16, 32, 64, 128, 256)  # what ONNX Runtime fuses
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 HINT = "Export the model's ordinary checkpoint with --quantize int4."
@@ -93,7 +93,7 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization | None:
     """Read the settings of a checkpoint with 4-bit codes; None for an ordinary one.
 
     Raises:
-        CheckpointError: codes without settings, settings without codes, or a form that cannot be taken over.
+        CheckpointError: codes without settings, settings without codes, or a form that sfexport does not read.
     """
     packed = next((name for name in checkpoint.tensors if name.endswith(".qweight")), None)
     values = checkpoint.raw_config.get("quantization_config")
@@ -129,7 +129,7 @@ def _settings(values: Any, file: str, method: str | None) -> Quantization:
     if bits != 4 or group not in GROUPS:
         sizes = ", ".join(map(str, GROUPS))
         raise CheckpointError(
-            f"{file}: {method} with {bits} bits in groups of {group}; sfexport takes over 4 bits in groups of {sizes}.",
+            f"{file}: {method} with {bits} bits in groups of {group}; sfexport reads 4 bits in groups of {sizes}.",
             HINT,
         )
     _refuse_other_forms(fields, file)
@@ -144,7 +144,7 @@ def _known_method(values: dict[str, Any], file: str, default: str | None) -> str
         method = "bitsandbytes"
     if method not in METHODS:
         raise CheckpointError(
-            f"{file}: this checkpoint's weights are rounded by {shown(method)}; sfexport takes over gptq and awq.", HINT
+            f"{file}: this checkpoint's weights are rounded by {shown(method)}; sfexport reads gptq and awq.", HINT
         )
     return str(method)
 

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 @click.option(
     "--quantize", type=click.Choice(["int4"]), help="For a CHECKPOINT: round the decoder's weights to 4 bits."
 )
-@click.option("--frames", type=int, help="Most frames of a video (TensorRT).  [default: the bundle's]")
-@click.option("--max-question-tokens", type=int, help="Most text tokens of a prompt (TensorRT).  [default: 512]")
-@click.option("--max-new-tokens", type=int, help="Most tokens of an answer (TensorRT).  [default: 256]")
+@click.option("--frames", type=int, help="Maximum frames of a video (TensorRT).  [default: the bundle's]")
+@click.option("--max-question-tokens", type=int, help="Maximum text tokens of a prompt (TensorRT).  [default: 512]")
+@click.option("--max-new-tokens", type=int, help="Maximum tokens of an answer (TensorRT).  [default: 256]")
 @click.option("--kernels", type=DIRECTORY, help="Kernels compiled by --check elsewhere (TensorRT without Triton).")
 @click.option(
     "--optimization-level",
@@ -109,4 +109,4 @@ def _show_check(found: Readiness, output: Path | None, as_json: bool) -> None:
     title = f"{target.name}: {system}TensorRT {target.tensorrt}, {found.precision}, {found.limits.frames} frames"
     console.table(title, ("what", "checked", "found", "verdict"), found.rows())
     if output is not None:
-        console.result(f"taken along in {output}; on the target: {output.name}/build.sh CHECKPOINT")
+        console.result(f"written to {output}; on the target: {output.name}/build.sh CHECKPOINT")

@@ -22,9 +22,9 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     """
     from sfexport.doctor.diagnosis import show
 
-    report = sfexport.diagnose(target)
+    diagnosis = sfexport.diagnose(target)
     if as_json:
-        console.document(report.to_json())
+        console.document(diagnosis.to_json())
     else:
-        show(report)
-    ctx.exit(report.exit_code)
+        show(diagnosis)
+    ctx.exit(diagnosis.exit_code)

@@ -119,8 +119,7 @@ def run_parity(
     pixels, rows = _pixels(pipeline, video, frames)
     pipeline.check_question(question, len(rows))
     on_step("loading the PyTorch model")
-    original = pipeline.bundle.original_checkpoint
-    source = original or pipeline.bundle.checkpoint_path
+    source = pipeline.bundle.original_checkpoint or pipeline.bundle.checkpoint_path
     oracle = TorchBackend(source)
     engine = pipeline.backend
     single = len(rows) == 1
@@ -151,7 +150,7 @@ def run_parity(
         answers,
         rounding,
         checkpoint=str(source),
-        is_copy=original is None,
+        is_copy=pipeline.bundle.original_checkpoint is None,
     )
 
 

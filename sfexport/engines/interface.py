@@ -15,7 +15,7 @@ from sfexport.checkpoint.config import FastPathConfig, ModelConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights
 from sfexport.graphs import names
 
-VISION_CHUNK = 8  # most frames that one call of encode_frames gets: engines are built for it
+VISION_CHUNK = 8  # largest number of frames that one call of encode_frames gets: engines are built for it
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], m
 
 def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryEstimate:
     """Args: `text`, `slow`: bytes of K/V. `mapped_weights`: see estimate_memory."""
-    weights, most = sum(g.weights for g in graphs), max(g.activations for g in graphs)
-    run = weights + most + text + slow + RUNTIME_OVERHEAD
+    weights, largest = sum(g.weights for g in graphs), max(g.activations for g in graphs)
+    run = weights + largest + text + slow + RUNTIME_OVERHEAD
     host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
     device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
     return MemoryEstimate(tuple(graphs), text, slow, run, device, host)
@@ -102,12 +102,12 @@ def _activations(model: onnx.ModelProto, profile: Profile) -> int:
     ends: dict[int, list[str]] = {}
     for name, i in last_use.items():
         ends.setdefault(i, []).append(name)
-    alive = most = 0
+    alive = peak = 0
     for i, node in enumerate(model.graph.node):
         alive += sum(sizes.get(name, 0) for name in node.output)
-        most = max(most, alive)
+        peak = max(peak, alive)
         alive -= sum(sizes.get(name, 0) for name in ends.get(i, ()) if name not in outputs)
-    return most
+    return peak
 
 
 def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:

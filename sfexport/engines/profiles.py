@@ -16,7 +16,7 @@ from sfexport.values import whole_number
 DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256
 VIDEO, PICTURE = "video", "picture"  # of the compressor: a picture's tokens are not pooled
 PREFILL, DECODE = "prefill", "decode"
-Range = tuple[int, int, int]  # least, typical, most
+Range = tuple[int, int, int]  # min, opt, max
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Limits:
     """What engines are built for.
 
     Attributes:
-        frames: most frames of a video. question_tokens: most text tokens of a prompt (system, question, template).
-        new_tokens: most tokens of an answer.
+        frames: largest number of frames of a video.
+        question_tokens: largest number of text tokens of a prompt (system, question, template).
+        new_tokens: largest number of tokens of an answer.
     """
 
     frames: int

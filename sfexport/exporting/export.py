@@ -79,7 +79,7 @@ class ExportOptions:
         one_of(self.digest, "--digest", DIGESTS)
         one_of(self.precision, "--precision", PRECISIONS)
         if self.frames is not None:
-            whole_number(self.frames, "--frames", most=MAX_FRAMES)
+            whole_number(self.frames, "--frames", maximum=MAX_FRAMES)
 
     def _check_quantization(self) -> None:
         if self.quantize is not None:

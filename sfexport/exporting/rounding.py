@@ -72,19 +72,19 @@ def _round_blocks(blocks: np.ndarray, scale_type: str, codes: np.ndarray, scales
     """Fill the codes and scales of some blocks [n, block, out]; return the sums of Rounded."""
     largest = _largest(blocks)
     scaled, rounded = np.empty_like(blocks), np.empty_like(blocks)
-    plain, least = 0.0, np.full(largest.shape, np.inf, np.float32)
+    plain, smallest = 0.0, np.full(largest.shape, np.inf, np.float32)
     for factor in SHRINK:
         scale = _stored(largest * np.float32(factor / HIGHEST), scale_type)
         _round(blocks, scale, scaled, rounded)
         error = _sum_of_squares(np.subtract(scaled, rounded, out=scaled)) * scale * scale
         if factor == 1:
             plain = error.sum(dtype=np.float64)
-        better = error < least
-        np.copyto(least, error, where=better)
+        better = error < smallest
+        np.copyto(smallest, error, where=better)
         np.copyto(scales, scale, where=better)
     _round(blocks, scales, scaled, rounded)
     codes[:] = rounded
-    return _sum_of_squares(blocks).sum(dtype=np.float64), plain, least.sum(dtype=np.float64)
+    return _sum_of_squares(blocks).sum(dtype=np.float64), plain, smallest.sum(dtype=np.float64)
 
 
 def _round(blocks: np.ndarray, scale: np.ndarray, scaled: np.ndarray, rounded: np.ndarray) -> None:

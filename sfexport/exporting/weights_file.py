@@ -117,7 +117,7 @@ def summary(rounded: dict[str, Any]) -> str:
             than = f" ({plain:.2%} with plain rounding)" if error < plain else ""
             lines.append(f"{kind.value.upper()}: {weights / 1e6:,.1f} million weights, off by {error:.2%}{than}")
     if weights := rounded[Kind.PREQUANTIZED.value]["weights"]:
-        lines.append(f"{weights / 1e6:,.1f} million weights in 4 bits taken over as they are")
+        lines.append(f"{weights / 1e6:,.1f} million weights keep the checkpoint's 4-bit codes")
     return "; ".join(lines) or "no weight has a form that could be rounded"
 
 

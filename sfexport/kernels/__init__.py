@@ -1,1 +1,1 @@
-"""The cross-attention kernel in Triton: its maths, its launch plan, and compiling it ahead of time without a GPU."""
+"""The cross-attention kernel in Triton: its maths, its launches, and ahead-of-time compilation without a GPU."""

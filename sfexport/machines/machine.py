@@ -178,7 +178,8 @@ def _l4t(probe: Probe) -> str | None:
 def _jetpack(package: str | None, l4t: str | None) -> str | None:
     """From the meta package's version ('6.2.1+b38'), else from the Jetson Linux under it."""
     if package:
-        return re.match(r"[\d.]*", package)[0].rstrip(".") or None
+        number = re.match(r"[\d.]+", package)
+        return (number[0].rstrip(".") or None) if number else None
     return None if l4t is None else jetpack_of_l4t(l4t)
 
 
@@ -204,7 +205,8 @@ def _tensorrt(probe: Probe, apt: Mapping[str, str]) -> TensorRT:
         # In a process of its own: a module whose libraries are missing or do not fit can end the process.
         output = probe.run(probe.interpreter().executable, "-c", "import tensorrt; print(tensorrt.__version__)")
         if output and output.code == 0:
-            version = (output.stdout.split() or [version])[-1]
+            printed = output.stdout.split()
+            version = printed[-1] if printed else version
         else:
             error = _last_line(output.stderr) if output else "the import does not end"
     in_apt = next((f"{name} {apt[name]}" for name in APT_PACKAGES if name.startswith("libnv") and name in apt), None)

@@ -107,7 +107,7 @@ class Probe:
         try:
             import onnxruntime
 
-            return onnxruntime.get_available_providers()
+            return list(onnxruntime.get_available_providers())
         except Exception:
             return None
 

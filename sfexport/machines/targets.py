@@ -144,7 +144,8 @@ def oldest_cuda(ptx_isa: int) -> str:
     Raises:
         InputError: no CUDA in the table is new enough.
     """
-    for name, isa in _read_toml()["ptx_isa"].items():
+    table: dict[str, int] = _read_toml()["ptx_isa"]
+    for name, isa in table.items():
         if isa >= ptx_isa:
             return name
     raise InputError(f"No CUDA version is known to take PTX {ptx_isa / 10:.1f}.")
@@ -156,7 +157,8 @@ def kernel_ptx_isa(sm: int) -> int:
     Raises:
         InputError: an SM that no kernel is compiled for.
     """
-    known = [isa for oldest, isa in _read_toml()["kernels"].items() if int(oldest) <= sm]
+    table: dict[str, int] = _read_toml()["kernels"]
+    known = [isa for oldest, isa in table.items() if int(oldest) <= sm]
     if not known:
         raise InputError(f"There are no kernels for compute capability {sm / 10:.1f}.", "The oldest is 8.0.")
     return max(known)

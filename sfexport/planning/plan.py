@@ -187,7 +187,7 @@ def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target]
 
 def _check_frames(frames: int | None) -> None:
     if frames is not None:
-        whole_number(frames, "--frames", most=MAX_FRAMES, hint="Change --frames.")
+        whole_number(frames, "--frames", maximum=MAX_FRAMES, hint="Change --frames.")
 
 
 def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | None) -> Bundle:
@@ -197,11 +197,11 @@ def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | Non
 def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
     config = checkpoint.config
     at = lengths(config, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
-    most = config.text.max_length
-    if most is not None and at.prompt > most:
+    longest = config.text.max_length
+    if longest is not None and at.prompt > longest:
         raise InputError(
             f"{frames} frames make {at.fast:,} fast tokens with this checkpoint's strides; with "
-            f"{at.before + at.question} tokens of text that is more than the {most:,} positions the model takes.",
+            f"{at.before + at.question} tokens of text that is more than the {longest:,} positions the model takes.",
             "Use fewer --frames.",
         )
     return at

@@ -63,17 +63,19 @@ def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
         yield sizes("building, GPU", [f.memory.build_device for f in found])
         yield sizes("building, host", [f.memory.build_host for f in found])
     yield ("fits", *(_fits(f) for f in found))
-    if target.name != CPU:
-        yield ("first answer, s", *(_seconds(f.speed.first_token) for f in found))
-        yield ("next question, s", *(_seconds(f.speed.second_question) for f in found))
-        yield ("tokens/s, plain graph", *(f"{f.speed.plain_tokens_per_second:.1f}" for f in found))
-        yield ("tokens/s, own kernels", *(f"{f.speed.tokens_per_second:.1f}" for f in found))
+    speeds = [f.speed for f in found if f.speed is not None]
+    if speeds:
+        yield ("first answer, s", *(_seconds(s.first_token) for s in speeds))
+        yield ("next question, s", *(_seconds(s.second_question) for s in speeds))
+        yield ("tokens/s, plain graph", *(f"{s.plain_tokens_per_second:.1f}" for s in speeds))
+        yield ("tokens/s, own kernels", *(f"{s.tokens_per_second:.1f}" for s in speeds))
 
 
 def _lines(target: TargetPlan) -> Iterator[tuple[str, ...]]:
     """A line for each way of storing the weights."""
     for i, f in enumerate(target.figures):
         build = f.memory.build if target.jetpack else f.memory.build_device
+        assert f.speed is not None, "plan --target all lists no CPU, the one target without a speed"
         yield (
             "" if i else target.name,
             f.storage.name,
@@ -130,7 +132,7 @@ def notes(plan: Plan) -> Iterator[str]:
         "rate. tokens/s is a range between what others measured of plain ONNX graphs and of runtimes with kernels of "
         "their own; launches and small kernels, which hold back a fast GPU, are not counted."
     )
-    for efficiency in dict.fromkeys(target.efficiency for target in plan.targets):
+    for efficiency in dict.fromkeys(target.efficiency for target in plan.targets if target.efficiency is not None):
         names = [t.name for t in plan.targets if t.efficiency == efficiency]
         where = "" if len(plan.targets) == 1 else f" on {', '.join(names)}"
         yield (

@@ -75,13 +75,18 @@ class Speed:
     @property
     def first_token(self) -> float | None:
         """From decoded frames to the first token of the first answer."""
-        stages = (self.vision, self.compressor, self.prefix, self.question)
-        return None if None in stages else sum(stages)
+        return _total(self.vision, self.compressor, self.prefix, self.question)
 
     @property
     def second_question(self) -> float | None:
         """To the first token of every later answer about the video."""
         return self.question
+
+
+def _total(*seconds: float | None) -> float | None:
+    """Add up stages; None if one of them is unknown."""
+    known = [stage for stage in seconds if stage is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def estimate_speed(
@@ -110,7 +115,7 @@ def estimate_speed(
     return Speed(
         vision=None if rate is None else vision_flops(config, tower, image_size, at.frames) / (rate * attained.vision),
         compressor=None if rate is None else slow_key_value_flops(config, at.slow) / (rate * attained.prefill),
-        prefix=None if rate is None else before + fast,
+        prefix=_total(before, fast),
         question=question,
         tokens_per_second=1 / step,
         plain_tokens_per_second=attained.plain_bandwidth / attained.bandwidth / step,

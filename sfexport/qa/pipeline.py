@@ -163,15 +163,15 @@ class Pipeline:
             InputError: the number is not a whole number from 1 to MAX_FRAMES.
         """
         count = self.bundle.frames if frames is None else frames
-        return whole_number(count, "The number of frames", most=MAX_FRAMES, hint="Change --frames.")
+        return whole_number(count, "The number of frames", maximum=MAX_FRAMES, hint="Change --frames.")
 
     def check_frames(self, frames: int) -> None:
         """Raise InputError for more frames than the model or the engines take with the shortest question."""
         config, limits = self.bundle.config, self.engines.content.get("limits")
-        most = limits.get("frames") if isinstance(limits, dict) else None
-        if isinstance(most, int) and frames > most:
+        largest = limits.get("frames") if isinstance(limits, dict) else None
+        if isinstance(largest, int) and frames > largest:
             raise InputError(
-                f"The engines take at most {most} frames of a video, not {frames}.",
+                f"The engines take at most {largest} frames of a video, not {frames}.",
                 f"Use fewer (--frames), or build again with --frames {frames}.",
             )
         if config.text.max_length is None:

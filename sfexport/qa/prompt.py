@@ -21,23 +21,14 @@ SYSTEM = "You are a helpful assistant."
 MAX_QUESTION = 1_000_000  # characters; more than any model has positions for, and 3 seconds to tokenise
 
 
-def build_prompt(
-    question: str, rounds: Sequence[tuple[str, str]] = (), video: bool = True, marked: bool = False
-) -> str:
-    """Return the template's text for a question after earlier (question, answer) rounds.
+def build_prompt(question: str, marked: bool = False) -> str:
+    """Return the template's text for a question about a video.
 
     Args:
-        video: put the video before the first question.
         marked: wrap the video in <im_start> <im_end>, for checkpoints with mm_use_im_start_end.
     """
-    image = f"{VIDEO_START}{VIDEO}{VIDEO_END}" if marked else VIDEO
-    turns = [*rounds, (question, None)]
-    text = f"{START}system\n{SYSTEM}{END}\n"
-    for i, (asked, answer) in enumerate(turns):
-        head = f"{image}\n" if video and i == 0 else ""
-        text += f"{START}user\n{head}{asked}{END}\n{START}assistant\n"
-        text += "" if answer is None else f"{answer}{END}\n"
-    return text
+    video = f"{VIDEO_START}{VIDEO}{VIDEO_END}" if marked else VIDEO
+    return f"{START}system\n{SYSTEM}{END}\n{START}user\n{video}\n{question}{END}\n{START}assistant\n"
 
 
 @dataclass(frozen=True)

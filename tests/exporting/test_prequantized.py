@@ -1,4 +1,4 @@
-"""Checkpoints that GPTQ or AWQ has rounded: taken over code for code, or rounded again where TensorRT needs it."""
+"""Checkpoints that GPTQ or AWQ has rounded: kept code for code, or rounded again where TensorRT needs it."""
 
 from __future__ import annotations
 

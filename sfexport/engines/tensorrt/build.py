@@ -55,7 +55,7 @@ class TensorRTOptions:
         """Raises InputError for a number without meaning, whatever is built in the end."""
         self._limits(1)
         if self.optimization_level is not None:
-            whole_number(self.optimization_level, "--optimization-level", least=0, most=5)
+            whole_number(self.optimization_level, "--optimization-level", minimum=0, maximum=5)
 
     def limits(self, bundle: Bundle) -> Limits:
         return self._limits(bundle.frames)
