@@ -6,7 +6,7 @@
     assert recorder.arguments("IBuilderConfig.set_memory_pool_limit") == [...]
 
 It offers what the real Python bindings of that version offer and nothing else (trt_bindings/surface_*.json, written
-from the real bindings and compared with them by test_bindings.py), checks arguments against their signatures,
+from the real bindings and compared with them in trt_bindings), checks arguments against their signatures,
 and raises NotRecorded for what exists but is not played here. The parser reads real ONNX files; a build refuses what
 TensorRT refuses (None, and a line to the logger).
 """
