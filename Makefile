@@ -90,6 +90,7 @@ lock:
 lint: .venv/$(READY)
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/mypy
 	# Python 3.10 has no import-linter.
 	if [ -x .venv/bin/lint-imports ]; then .venv/bin/lint-imports; fi
 	.venv/bin/python docs/generate_api.py --check

@@ -52,7 +52,7 @@ class DecoderStep:
     @property
     def end(self) -> int:
         """Number of positions after the step."""
-        return self.start + self.inputs_embeds.shape[1]
+        return self.start + int(self.inputs_embeds.shape[1])
 
 
 def decoder_feeds(step: DecoderStep, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def runtime_version() -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return _library().__version__
+    return str(_library().__version__)
 
 
 def providers() -> list[str]:
@@ -106,7 +106,8 @@ def _open_beside_links(ort: Any, graph: Path, weights: Path) -> Any:
 
 
 def _float32(value: Any) -> np.ndarray:
-    return value.numpy().astype(np.float32, copy=False)
+    array: np.ndarray = value.numpy()
+    return array.astype(np.float32, copy=False)
 
 
 def _first_line(error: Exception) -> str:
@@ -128,7 +129,9 @@ class OnnxRuntimeBackend(Backend):
         self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
         self._present_names = names.present_names(config)
         types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
-        self._dtype = Precision.from_onnxruntime(types[names.EMBEDS]).numpy
+        precision = Precision.from_onnxruntime(types[names.EMBEDS])
+        assert precision is not None, "open_session has refused graphs whose embeddings are no floats"
+        self._dtype = precision.numpy
         self._empty = self._float(np.zeros((1, config.text.num_kv_heads, 0, config.text.head_dim)))
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
@@ -175,6 +178,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _run(self, graph: str, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
         try:
-            return self._sessions[graph].run_with_ort_values(outputs, feeds)
+            found: list[Any] = self._sessions[graph].run_with_ort_values(outputs, feeds)
+            return found
         except Exception as error:  # its exceptions share no base class
             raise SfexportError(f"ONNX Runtime failed in the {graph}: {_first_line(error)}") from error

@@ -160,7 +160,8 @@ class TorchBackend(Backend):
                 logits_to_keep=1,
                 **self._slow(step),
             )
-        present = tuple(x for layer in cache.layers for x in (layer.keys, layer.values))
+        cached: Any = cache.layers
+        present = tuple(x for layer in cached for x in (layer.keys, layer.values))
         return out.logits[0, -1].float().numpy(), KeyValues(present, step.end)
 
     def _slow(self, step: DecoderStep) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def check_weights(bundle: Bundle, on_step: OnStep = no_step) -> dict[str, Any]:
         CheckpointError: a number is not finite, or becomes infinite in a float16 graph; the tensor is named.
     """
     tensors: dict[str, dict[int, _Span]] = {name: {} for name in bundle.weight_sizes}
-    for span, file in _floats(bundle):
-        known = tensors[file].get(span.offset)
+    for span, shard in _floats(bundle):
+        known = tensors[shard].get(span.offset)
         if known is None or known.length < span.length:
-            tensors[file][span.offset] = span
+            tensors[shard][span.offset] = span
     total = sum(bundle.weight_sizes.values())
     if total > _WORTH_REPORTING:
         on_step(f"checking {size_text(total)} of weights")

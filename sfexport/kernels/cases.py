@@ -53,7 +53,7 @@ class Tensors:
 
 def random_case(rng: np.random.Generator) -> Case:
     batch = int(rng.integers(1, 4))
-    slow = int(rng.choice([0, 1, 2, rng.integers(1, 130), rng.integers(130, LARGEST)]))
+    slow = int(rng.choice([0, 1, 2, int(rng.integers(1, 130)), int(rng.integers(130, LARGEST))]))
     lengths = (slow,) * batch
     if rng.random() < 0.5:
         lengths = tuple(int(n) for n in rng.integers(0, slow + 1, batch))
@@ -61,7 +61,7 @@ def random_case(rng: np.random.Generator) -> Case:
         batch=batch,
         kv_heads=int(rng.integers(1, 4)),
         group=int(rng.integers(1, 9)),
-        sequence=int(rng.choice([1, 1, 2, rng.integers(3, 40), rng.integers(40, 150)])),
+        sequence=int(rng.choice([1, 1, 2, int(rng.integers(3, 40)), int(rng.integers(40, 150))])),
         slow=slow,
         lengths=lengths,
         head_dim=int(rng.choice(HEAD_DIMS)),

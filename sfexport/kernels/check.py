@@ -34,17 +34,19 @@ def run_case(case: Case, device: str) -> float:
 
     dtype = getattr(torch, Precision(case.dtype).torch)
     tensors = make_tensors(case)
-    query, key, value = (torch.from_numpy(x).to(dtype) for x in (tensors.query, tensors.key, tensors.value))
+    query, key, value = [torch.from_numpy(x).to(dtype) for x in (tensors.query, tensors.key, tensors.value)]
     attends, lengths = torch.from_numpy(tensors.attends), torch.from_numpy(tensors.lengths)
     # The reference starts from the rounded inputs: what is measured is the kernel.
-    expected = reference(Tensors(*(x.float().numpy() for x in (query, key, value)), tensors.attends, tensors.lengths))
-    inputs = (x.to(device) for x in (query, key, value, attends, lengths))
+    rounded = [x.float().numpy() for x in (query, key, value)]
+    expected = reference(Tensors(rounded[0], rounded[1], rounded[2], tensors.attends, tensors.lengths))
     tiles = tiles_for(case.dtype, case.head_dim, case.sm)
-    found = cross_attention(*inputs, tiles, case.multiprocessors).cpu().double().numpy()
+    query, key, value, attends, lengths = [x.to(device) for x in (query, key, value, attends, lengths)]
+    context = cross_attention(query, key, value, attends, lengths, tiles, case.multiprocessors)
+    found = context.cpu().double().numpy()
     silent = ~(tensors.attends & (tensors.lengths > 0)[:, None])
     if not np.isfinite(found).all() or found[silent].any():
         return float("inf")
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+    return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def check(cases: Iterable[Case], device: str) -> dict[str, object]:

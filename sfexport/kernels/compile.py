@@ -71,7 +71,7 @@ class Resources:
 
 
 def triton_version() -> str:
-    return _triton().__version__
+    return str(_triton().__version__)
 
 
 def _triton() -> Any:
@@ -162,8 +162,16 @@ def without_scratch(ptx: str, name: str, parameters: int) -> str:
 
 
 def ptx_version(ptx: str) -> str:
-    """The PTX ISA a text asks for."""
-    return re.search(r"\.version (\S+)", ptx).group(1)
+    """Return the PTX ISA that a text asks for."""
+    return _directive("version", ptx)
+
+
+def _directive(name: str, ptx: str) -> str:
+    """Return what follows `.name`. Raises SfexportError for a text that is no PTX."""
+    found = re.search(rf"\.{name} (\w[\w.]*)", ptx)
+    if found is None:
+        raise SfexportError(f"The kernel's PTX has no .{name}.", "Write the kernels again with sfexport build --check.")
+    return found[1]
 
 
 def find_ptxas(sm: int) -> str | None:
@@ -182,7 +190,7 @@ def assemble(kernel: Kernel, ptxas: str) -> Resources:
     Raises:
         SfexportError: ptxas refuses the PTX.
     """
-    architecture = re.search(r"\.target (\w+)", kernel.ptx).group(1)
+    architecture = _directive("target", kernel.ptx)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(kernel.ptx)

@@ -36,8 +36,7 @@ def cross_attention_split(
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (row tiles, splits, B * kv heads). Rows that do not attend are left unwritten or hold anything."""
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     head = tl.program_id(2)
     batch = head // kv_heads
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

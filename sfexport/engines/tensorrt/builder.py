@@ -125,7 +125,7 @@ class _Weights:
             offset, length = int(entries.get("offset", 0)), int(entries["length"])
             if not parser.load_initializer(name, self._address(entries["location"]) + offset, length):
                 return False
-        return parser.parse_model_proto()
+        return bool(parser.parse_model_proto())
 
     def _address(self, location: str) -> int:
         if location not in self._maps:
@@ -140,7 +140,7 @@ class _Weights:
         for file in self._directory.iterdir():
             if file.name != self._graph.name:
                 (folder / file.name).symlink_to(file.resolve())
-        return self._parser.parse_from_file(str(shutil.copy(self._graph, folder)))
+        return bool(self._parser.parse_from_file(str(shutil.copy(self._graph, folder))))
 
 
 def _address_of(memory: mmap.mmap) -> int:
@@ -179,10 +179,11 @@ def _configure(trt: Any, builder_config: Any, options: BuildOptions) -> None:
 
 
 def _keep_timings(builder_config: Any, options: BuildOptions) -> None:
-    cache = builder_config.get_timing_cache() if options.timing_cache is not None else None
-    if cache is not None:
-        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(options.timing_cache, bytes(memoryview(cache.serialize())))
+    file = options.timing_cache
+    cache = builder_config.get_timing_cache() if file is not None else None
+    if file is not None and cache is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, bytes(memoryview(cache.serialize())))
 
 
 def _make_profile(builder: Any, network: Any, wanted: Profile) -> Any:

@@ -94,7 +94,7 @@ def device_sm(device: int = 0) -> int:
     handle = call("cuDeviceGet", device)
     major = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
     minor = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
-    return 10 * major + minor
+    return 10 * int(major) + int(minor)
 
 
 class Stream:

@@ -50,7 +50,7 @@ def runtime_version() -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return library().__version__
+    return str(library().__version__)
 
 
 def check_driver() -> None:

@@ -159,7 +159,8 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
     if attribute is None or attribute.name in ("sparse_value", "value_string", "value_strings"):
         return None
     if attribute.name == "value":
-        return attribute.t
+        tensor: onnx.TensorProto = attribute.t
+        return tensor
     dtype = np.int64 if attribute.name.startswith("value_int") else np.float32
     return onnx.numpy_helper.from_array(np.array(onnx.helper.get_attribute_value(attribute), dtype))
 
@@ -182,7 +183,9 @@ def _values(tensor: onnx.TensorProto, weights: Path | None) -> np.ndarray | None
 
 def dtype_name(value: onnx.TypeProto | None) -> str:
     """A type as the table of operators names it; an empty string if unknown."""
-    kind = value.WhichOneof("value") if value is not None else None
+    if value is None:
+        return ""
+    kind = value.WhichOneof("value")
     if kind != "tensor_type":
         return (kind or "").upper()
     element = value.tensor_type.elem_type

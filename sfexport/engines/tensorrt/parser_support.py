@@ -146,8 +146,13 @@ def _rows() -> tuple[ParserSupport, ...]:
                 limits=dict(limits),
                 int4_blocks=tuple(fields["int4_blocks"]),
                 int4_opset=max(fields["opset"], fields["int4_opset"]),
-                **{key: frozenset(fields[key].split()) for key in ("tensors", "quantized", "io")},
-                **{key: fields[key] for key in ("source", "inferred", "opset", "functions_shadow")},
+                tensors=frozenset(fields["tensors"].split()),
+                quantized=frozenset(fields["quantized"].split()),
+                io=frozenset(fields["io"].split()),
+                source=fields["source"],
+                inferred=fields["inferred"],
+                opset=fields["opset"],
+                functions_shadow=fields["functions_shadow"],
             )
         )
     return tuple(rows)
@@ -320,10 +325,10 @@ class _Checker:
             problems += quantization_problems(node, self._parser, support.int4_blocks)
         for problem in problems:
             self._add(node, problem)
-        if problem := mixed_type_problem(node, self._opset):
-            self._add(node, problem, "Cast one of them.")
-        if problem := gather_problem(node):
-            self._add(node, problem, "Use Slice and Squeeze.")
+        if mixed_types := mixed_type_problem(node, self._opset):
+            self._add(node, mixed_types, "Cast one of them.")
+        if gathered := gather_problem(node):
+            self._add(node, gathered, "Use Slice and Squeeze.")
 
     def _wrong_type(self, operand: str, dtype: str, takes: frozenset[str]) -> str:
         if not dtype:

@@ -74,7 +74,8 @@ def _combine(trt: Any, quick: Any, operation: Operation, source: KernelSource) -
         head_dim: int,
     ) -> tensor:
         settings = PluginSettings(sm, ptx_isa, multiprocessors, head_dim)
-        return _describe(trt, quick, operation, (query, partial, logsumexp, attends), settings)[0]
+        (output,) = _describe(trt, quick, operation, (query, partial, logsumexp, attends), settings)
+        return output
 
     def implement(
         query: tensor,

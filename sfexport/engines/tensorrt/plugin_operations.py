@@ -83,8 +83,9 @@ class Operation:
             raise InputError(f"{self.name}: key {list(key)} and value {list(value)} differ in shape.")
         if None not in (query[3], key[3]) and query[3] != key[3]:
             raise InputError(f"{self.name}: query has heads of {query[3]} elements, key of {key[3]}.")
-        if None not in (query[1], key[1]) and query[1] % key[1]:
-            raise InputError(f"{self.name}: {query[1]} query heads are not a multiple of {key[1]} kv heads.")
+        heads, kv_heads = query[1], key[1]
+        if heads is not None and kv_heads is not None and heads % kv_heads:
+            raise InputError(f"{self.name}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
 
 
 OPERATIONS = (

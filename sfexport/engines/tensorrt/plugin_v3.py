@@ -75,89 +75,105 @@ def known_dimensions(shape: Any) -> list[int | None]:
     return [d.get_constant_value() if d.is_constant() else None for d in dims]
 
 
-def _plugin_class(trt: Any) -> type:
-    class CrossAttentionPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        """One node. `kernel` is set when the types are known, or comes from an engine's fields."""
+class _Plugin:
+    """One node: what IPluginV3 and its capabilities ask for. `kernel` is set when the types are known.
 
-        def __init__(
-            self, operation: Operation, settings: PluginSettings, source: KernelSource, kernel: Kernel | None = None
-        ) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
-            self.operation, self.settings, self.source, self.kernel = operation, settings, source, kernel
-            self.num_outputs = operation.outputs
-            self.plugin_name, self.plugin_namespace = operation.name, PLUGIN_NAMESPACE
-            self.plugin_version = PLUGIN_VERSION
-            self._function: Any = None
+    A base without TensorRT's classes, which `_plugin_class` adds: this module is imported without TensorRT.
+    """
 
-        def get_capability_interface(self, type: Any) -> Any:
-            return self
+    def __init__(
+        self,
+        trt: Any,
+        operation: Operation,
+        settings: PluginSettings,
+        source: KernelSource,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self._trt = trt
+        self.operation, self.settings, self.source, self.kernel = operation, settings, source, kernel
+        self.num_outputs = operation.outputs
+        self.plugin_name, self.plugin_namespace = operation.name, PLUGIN_NAMESPACE
+        self.plugin_version = PLUGIN_VERSION
+        self._function: Any = None
 
-        def clone(self) -> Any:
-            return CrossAttentionPlugin(self.operation, self.settings, self.source, self.kernel)
+    def get_capability_interface(self, type: Any) -> Any:
+        return self
 
-        def get_output_data_types(self, input_types: list[Any]) -> list[Any]:
-            names = self.operation.types[len(self.operation.inputs) :]
-            return [input_types[0] if name == "T" else getattr(trt.DataType, name) for name in names]
+    def clone(self) -> Any:
+        return self.__class__(self._trt, self.operation, self.settings, self.source, self.kernel)
 
-        def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], exprBuilder: Any) -> list[Any]:
-            self.operation.check_shapes([known_dimensions(shape) for shape in inputs], self.settings)
-            arithmetic = ExpressionArithmetic(trt, exprBuilder)
-            shapes = self.operation.output_shapes(arithmetic, inputs, self.settings)
-            return [self._dims(arithmetic, shape) for shape in shapes]
+    def get_output_data_types(self, input_types: list[Any]) -> list[Any]:
+        names = self.operation.types[len(self.operation.inputs) :]
+        return [input_types[0] if name == "T" else getattr(self._trt.DataType, name) for name in names]
 
-        @staticmethod
-        def _dims(arithmetic: ExpressionArithmetic, shape: tuple[Any, ...]) -> Any:
-            dims = trt.DimsExprs(len(shape))
-            for i, value in enumerate(shape):
-                dims[i] = arithmetic.symbol(value)
-            return dims
+    def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], exprBuilder: Any) -> list[Any]:
+        self.operation.check_shapes([known_dimensions(shape) for shape in inputs], self.settings)
+        arithmetic = ExpressionArithmetic(self._trt, exprBuilder)
+        shapes = self.operation.output_shapes(arithmetic, inputs, self.settings)
+        return [self._dims(arithmetic, shape) for shape in shapes]
 
-        def supports_format_combination(self, pos: int, in_out: list[Any], num_inputs: int) -> bool:
-            types = [d.desc.type.name for d in in_out[: pos + 1]]
-            return in_out[pos].desc.format == trt.TensorFormat.LINEAR and self.operation.accepts(pos, types)
+    def _dims(self, arithmetic: ExpressionArithmetic, shape: tuple[Any, ...]) -> Any:
+        dims = self._trt.DimsExprs(len(shape))
+        for i, value in enumerate(shape):
+            dims[i] = arithmetic.symbol(value)
+        return dims
 
-        def configure_plugin(self, inp: list[Any], out: list[Any]) -> None:
-            self.kernel = self.operation.kernel(self.source, dtype_name(inp[0].desc.type), self.settings)
+    def supports_format_combination(self, pos: int, in_out: list[Any], num_inputs: int) -> bool:
+        types = [d.desc.type.name for d in in_out[: pos + 1]]
+        is_linear: bool = in_out[pos].desc.format == self._trt.TensorFormat.LINEAR
+        return is_linear and self.operation.accepts(pos, types)
 
-        def on_shape_change(self, inp: list[Any], out: list[Any]) -> None:
-            self.operation.check_shapes([list(desc.dims) for desc in inp], self.settings)
+    def configure_plugin(self, inp: list[Any], out: list[Any]) -> None:
+        self.kernel = self.operation.kernel(self.source, dtype_name(inp[0].desc.type), self.settings)
 
-        def get_workspace_size(self, *arguments: Any) -> int:
-            return 0
+    def on_shape_change(self, inp: list[Any], out: list[Any]) -> None:
+        self.operation.check_shapes([list(desc.dims) for desc in inp], self.settings)
 
-        def attach_to_context(self, resource_context: Any) -> Any:
-            return self.clone()
+    def get_workspace_size(self, *arguments: Any) -> int:
+        return 0
 
-        def set_tactic(self, tactic: int) -> None:
-            pass
+    def attach_to_context(self, resource_context: Any) -> Any:
+        return self.clone()
 
-        def get_fields_to_serialize(self) -> Any:
-            # TensorRT reads through pointers: fields and collection live as long as the plugin.
-            self._fields = _fields(trt, self.settings, self.kernel)
-            self._collection = trt.PluginFieldCollection(self._fields)
-            return self._collection
+    def set_tactic(self, tactic: int) -> None:
+        pass
 
-        def enqueue(
-            self,
-            input_desc: list[Any],
-            output_desc: list[Any],
-            inputs: list[int],
-            outputs: list[int],
-            workspace: int,
-            stream: int,
-        ) -> int:
-            if self._function is None:
-                from sfexport.engines.tensorrt.cuda import Function
+    def get_fields_to_serialize(self) -> Any:
+        # TensorRT reads through pointers: fields and collection live as long as the plugin.
+        self._fields = _fields(self._trt, self.settings, self.kernel)
+        self._collection = self._trt.PluginFieldCollection(self._fields)
+        return self._collection
 
-                kernel = self.kernel
-                self._function = Function(kernel.ptx, kernel.name, kernel.threads, kernel.shared)
-            shapes = [tuple(desc.dims) for desc in input_desc]
-            launch = self.operation.launch(Integers(), shapes, self.kernel.dtype, self.settings)
-            self._function.launch(launch.grid, inputs, launch.arguments, outputs, stream)
-            return 0
+    def enqueue(
+        self,
+        input_desc: list[Any],
+        output_desc: list[Any],
+        inputs: list[int],
+        outputs: list[int],
+        workspace: int,
+        stream: int,
+    ) -> int:
+        kernel = self.kernel
+        assert kernel is not None, "set by configure_plugin while building, and from the engine's fields while running"
+        if self._function is None:
+            from sfexport.engines.tensorrt.cuda import Function
+
+            self._function = Function(kernel.ptx, kernel.name, kernel.threads, kernel.shared)
+        shapes = [tuple(desc.dims) for desc in input_desc]
+        launch = self.operation.launch(Integers(), shapes, kernel.dtype, self.settings)
+        self._function.launch(launch.grid, inputs, launch.arguments, outputs, stream)
+        return 0
+
+
+def _plugin_class(trt: Any) -> type[_Plugin]:
+    """Return the class of nodes that this TensorRT takes."""
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+
+    class CrossAttentionPlugin(_Plugin, *bases):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            for base in bases:
+                base.__init__(self)
+            _Plugin.__init__(self, *arguments)
 
     return CrossAttentionPlugin
 
@@ -186,7 +202,7 @@ def _creator_class(trt: Any) -> type:
         def create_plugin(self, name: str, fc: Any, phase: Any) -> Any:
             settings, dtype = _read_fields(fc, self.operation.name)
             kernel = self.operation.kernel(self.source, dtype, settings) if dtype else None
-            return plugin_class(self.operation, settings, self.source, kernel)
+            return plugin_class(trt, self.operation, settings, self.source, kernel)
 
     return CrossAttentionCreator
 
