@@ -80,7 +80,7 @@ class Recorder(ModuleType):
     """Args:
     version: one of VERSIONS in trt_bindings/surface.py.
     operators: ONNX operators that the parser knows; by default all of the newest set that this version takes.
-    execute: what execute_async_v3 does (trt_bindings/engines.py: Execution); None: nothing.
+    execute: what execute_async_v3 does (trt_fake/engines.py: Execution); None: nothing.
     fail_build: a reason for which build_serialized_network fails.
 
     Attributes:
