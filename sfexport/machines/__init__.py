@@ -1,1 +1,1 @@
-"""Machines: what one is (looked at through probe.py), and which ones engines are built for (targets.toml)."""
+"""Detect this machine (machine.py, through probe.py) and read the targets that engines are built for (targets.py)."""

@@ -1,6 +1,6 @@
-"""What can be found out about this machine without loading a heavy library: one record, `detect_machine()`.
+"""Detect this machine as one Machine: system, Python, GPUs, driver, TensorRT, JetPack, memory.
 
-Everything comes through a Probe.
+All facts come through a Probe. Of heavy libraries, this process loads libcuda and ONNX Runtime only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "to
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 APT_PACKAGES = ("nvidia-jetpack", "libnvinfer10", "libnvinfer11", "libnvinfer8", "python3-libnvinfer")
 _NVIDIA = "0x10de"
-# Attributes of a device, as numbered in cuda.h.
+# Numbers of device attributes (CUdevice_attribute in cuda.h).
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device: name, compute capability times ten, multiprocessors switched on, memory in 10^9 bytes."""
+    """One CUDA device.
+
+    Attributes:
+        name: as the driver names it.
+        sm: compute capability times ten.
+        multiprocessors: number of multiprocessors that are switched on.
+        memory_gb: memory in 10^9 bytes.
+    """
 
     name: str
     sm: int
@@ -34,13 +41,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What the NVIDIA driver says.
+    """NVIDIA hardware and driver of a machine.
 
     Attributes:
-        device: NVIDIA hardware or its device nodes are there, driver or not.
-        driver: version of the kernel module, '580.65.06'.
-        cuda: newest CUDA version that libcuda supports, '13.0'; None where there is no libcuda.
-        error: what libcuda answered instead of its devices.
+        device: NVIDIA hardware or its device nodes exist, with a driver or without.
+        driver: version of the kernel module, '580.65.06'; None: unknown.
+        cuda: newest CUDA version that libcuda supports, '13.0'; None: no libcuda, or it did not tell.
+        gpus: CUDA devices, in the driver's order.
+        error: the failed libcuda call and its code; None: no call failed.
     """
 
     device: bool
@@ -52,15 +60,15 @@ class Cuda:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """What there is of TensorRT.
+    """Installed parts of TensorRT.
 
     Attributes:
         module: Python finds the module `tensorrt`.
-        version: of the module, as imported (in a process of its own), else as its package says.
-        error: why the import failed.
-        cuda: major version of CUDA that a pip package of it is for; None: not from pip.
-        library: 'libnvinfer.so.10', or the apt package that holds it.
-        apt_bindings: version of the apt package python3-libnvinfer.
+        version: of the module, imported in a process of its own, else of its pip package; None: unknown.
+        error: why the import failed; None: it did not fail or was not tried.
+        cuda: major version of CUDA that the pip package is for; None: its name has no CUDA version, or not from pip.
+        library: 'libnvinfer.so.10', or name and version of the apt package that holds it; None: not found.
+        apt_bindings: version of the apt package python3-libnvinfer; None: not installed.
     """
 
     module: bool
@@ -73,15 +81,30 @@ class TensorRT:
 
 @dataclass(frozen=True)
 class Machine:
-    """Sizes are in 10^9 bytes; None: unknown.
+    """One machine's hardware and software.
 
     Attributes:
-        python, prefix, in_venv, system_packages: the interpreter; whether its venv sees the system's packages.
+        system: operating system, 'Linux'.
+        architecture: 'x86_64', 'aarch64'.
+        python: version of the running Python.
+        prefix: directory of its environment.
+        in_venv: it runs in a venv.
+        system_packages: it sees the system's Python packages.
+        cuda: NVIDIA hardware and driver.
+        tensorrt: installed parts of TensorRT.
+        onnxruntime: version of ONNX Runtime; None: not installed.
+        providers: ONNX Runtime's execution providers; None: it cannot be imported.
+        packages: version of each of PACKAGES; None: not installed.
         jetson_model: as the device tree names the board; None: not a Jetson.
-        jetpack, l4t: '6.2' and '36.4.3'. jetpack_package: the meta package nvidia-jetpack is installed.
-        power_mode: as nvpmodel names it. power_modes: number by name.
-        onnxruntime: version; None: not installed. providers: None: it cannot be imported.
-        packages: version of each of PACKAGES.
+        jetpack: version of JetPack, '6.2'; None: unknown, or not a Jetson.
+        l4t: version of Jetson Linux, '36.4.3'; None: unknown.
+        jetpack_package: the meta package nvidia-jetpack is installed.
+        power_mode: as nvpmodel names it; None: unknown, or not a Jetson.
+        power_modes: number of each power mode by name.
+        memory_gb: memory in 10^9 bytes; None: unknown.
+        memory_available_gb: memory available to new processes in 10^9 bytes; None: unknown.
+        swap_gb: swap space in 10^9 bytes; None: unknown.
+        disk_free_gb: free space of the current directory's file system in 10^9 bytes; None: unknown.
     """
 
     system: str
@@ -112,7 +135,10 @@ class Machine:
 
 
 def detect_machine(probe: Probe | None = None) -> Machine:
-    """Examine this machine, or the one a probe describes. Raises nothing; takes a second or two."""
+    """Detect this machine, or the one that a probe describes.
+
+    Raises nothing. It usually takes a second or two, since TensorRT is imported in another process.
+    """
     probe = probe or Probe()
     interpreter, (system, architecture) = probe.interpreter(), probe.system()
     in_venv = interpreter.prefix != interpreter.base_prefix
@@ -146,12 +172,13 @@ def detect_machine(probe: Probe | None = None) -> Machine:
 
 
 def _venv_sees_system(probe: Probe, prefix: str) -> bool:
+    """Check whether a venv was made with --system-site-packages."""
     text = probe.read_text(f"{prefix}/pyvenv.cfg") or ""
     return re.search(r"^include-system-site-packages\s*=\s*true", text, re.MULTILINE | re.IGNORECASE) is not None
 
 
 def _apt_versions(probe: Probe) -> dict[str, str]:
-    """Installed Debian packages of APT_PACKAGES; dpkg-query fails for the others, which does not matter."""
+    """Return the versions of the installed APT_PACKAGES; dpkg-query's error for the others is ignored."""
     form = "${db:Status-Abbrev} ${Package} ${Version}\n"
     output = probe.run("dpkg-query", "--show", f"--showformat={form}", *APT_PACKAGES)
     rows = (line.split() for line in output.stdout.splitlines()) if output else ()
@@ -159,7 +186,7 @@ def _apt_versions(probe: Probe) -> dict[str, str]:
 
 
 def _memory(probe: Probe) -> dict[str, float]:
-    """/proc/meminfo counts in KiB."""
+    """Read the sizes in /proc/meminfo, converted from KiB to 10^9 bytes."""
     text = probe.read_text("/proc/meminfo") or ""
     return {name: int(kib) * 1024 / 1e9 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
@@ -170,13 +197,13 @@ def _jetson_model(probe: Probe) -> str | None:
 
 
 def _l4t(probe: Probe) -> str | None:
-    """'# R36 (release), REVISION: 4.3, ...' -> '36.4.3'."""
+    """Read the version of Jetson Linux: '# R36 (release), REVISION: 4.3, ...' -> '36.4.3'."""
     found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", probe.read_text("/etc/nv_tegra_release") or "")
     return f"{found[1]}.{found[2]}" if found else None
 
 
 def _jetpack(package: str | None, l4t: str | None) -> str | None:
-    """From the meta package's version ('6.2.1+b38'), else from the Jetson Linux under it."""
+    """Derive JetPack's version from its meta package's ('6.2.1+b38'), else from Jetson Linux's."""
     if package:
         number = re.match(r"[\d.]+", package)
         return (number[0].rstrip(".") or None) if number else None
@@ -184,14 +211,17 @@ def _jetpack(package: str | None, l4t: str | None) -> str | None:
 
 
 def _power_mode(probe: Probe) -> str | None:
-    """'NV Power Mode: MAXN_SUPER' -> 'MAXN_SUPER'."""
+    """Ask nvpmodel for the power mode: 'NV Power Mode: MAXN_SUPER' -> 'MAXN_SUPER'."""
     output = probe.run("nvpmodel", "-q")
     found = re.search(r"NV Power Mode:\s*(\S+)", output.stdout) if output else None
     return found[1] if found else None
 
 
 def _power_modes(probe: Probe) -> dict[str, int]:
-    """Numbers differ between boards: MAXN_SUPER is 0 on an Orin NX and 2 on an Orin Nano."""
+    """Read the number of each power mode by name.
+
+    Numbers differ between boards: MAXN_SUPER is 0 on an Orin NX and 2 on an Orin Nano.
+    """
     text = probe.read_text("/etc/nvpmodel.conf") or ""
     return {name: int(number) for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", text)}
 
@@ -202,7 +232,7 @@ def _tensorrt(probe: Probe, apt: Mapping[str, str]) -> TensorRT:
     cuda = next((major for major in (13, 12) if any(f"cu{major}" in name for name in found)), None)
     module, error = probe.has_module("tensorrt"), None
     if module:
-        # In a process of its own: a module whose libraries are missing or do not fit can end the process.
+        # Imported in another process: libraries that are missing or do not fit can end the importing process.
         output = probe.run(probe.interpreter().executable, "-c", "import tensorrt; print(tensorrt.__version__)")
         if output and output.code == 0:
             printed = output.stdout.split()
@@ -222,7 +252,7 @@ def _cuda(probe: Probe, jetson: bool) -> Cuda:
     text = probe.read_text("/proc/driver/nvidia/version") or ""
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     nodes = any(probe.exists(path) for path in ("/dev/nvhost-gpu", "/dev/nvidia0", "/dev/nvidiactl"))
-    device = jetson or nodes or bool(text) or _on_the_bus(probe)
+    device = jetson or nodes or bool(text) or _has_nvidia_pci_device(probe)
     driver = found[0] if found else None
     library = probe.load_library("libcuda.so.1")
     if library is None:
@@ -234,8 +264,8 @@ def _cuda(probe: Probe, jetson: bool) -> Cuda:
     return Cuda(device or bool(gpus), driver, version, gpus, None)
 
 
-def _on_the_bus(probe: Probe) -> bool:
-    """A display or compute device of NVIDIA's (class 03) on PCI, whether it has a driver or not."""
+def _has_nvidia_pci_device(probe: Probe) -> bool:
+    """Check whether PCI has a display or compute device (class 03) of NVIDIA, with a driver or without."""
     root = "/sys/bus/pci/devices"
     return any(
         probe.read_text(f"{root}/{name}/vendor") == _NVIDIA
@@ -245,13 +275,19 @@ def _on_the_bus(probe: Probe) -> bool:
 
 
 class _DriverError(Exception):
+    """A failed libcuda call; `version`: the CUDA version, if it was known by then."""
+
     def __init__(self, message: str, version: str | None) -> None:
         super().__init__(message)
         self.version = version
 
 
 def _ask_driver(library: Any) -> tuple[str, tuple[Gpu, ...]]:
-    """CUDA version and devices, through libcuda's C interface; every call's result is looked at."""
+    """Ask libcuda's C interface for its CUDA version and the devices.
+
+    Raises:
+        _DriverError: a call returned an error code.
+    """
     version = None
 
     def call(name: str, *arguments: Any) -> None:
@@ -274,7 +310,7 @@ def _ask_driver(library: Any) -> tuple[str, tuple[Gpu, ...]]:
         )
         return Gpu(name.value.decode(errors="replace"), 10 * major + minor, multiprocessors, size.value / 1e9)
 
-    found = asked("cuDriverGetVersion")  # may be asked before cuInit
+    found = asked("cuDriverGetVersion")  # allowed before cuInit
     version = f"{found // 1000}.{found % 1000 // 10}"
     call("cuInit", 0)
     return version, tuple(gpu(index) for index in range(asked("cuDeviceGetCount")))

@@ -1,4 +1,4 @@
-"""What engines are built for: the rows of targets.toml as objects."""
+"""Read targets.toml, the machines that engines are built for, and match machines with its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfexport.versions import version_numbers
 if TYPE_CHECKING:
     from sfexport.machines.machine import Gpu, Machine
 
-# A machine reports less memory than its name says (firmware keeps some), and never this much less or more.
+# Largest difference between the memory that a machine shows and the vendor's figure; firmware keeps some.
 _MEMORY_TOLERANCE = 0.25
 
 
@@ -25,18 +25,19 @@ class Target:
     Attributes:
         name: 'jetson-orin-agx-64', 'h100', ...
         sm: compute capability times ten: 87 for an Orin.
-        tensorrt, cuda: major and minor version, '10.3' and '12.6'.
-        ptx_isa: PTX version, times ten, that its kernels are compiled to: its SM needs no newer, its driver takes it.
-        python: what the TensorRT bindings of its JetPack are built for.
-        jetpack: None in a datacenter.
-        multiprocessors: of the whole GPU; a Jetson's lower power modes switch some off.
-        precisions: what its TensorRT can compute in, of fp32, fp16, bf16, int8, int4, fp8, nvfp4.
-        memory_gb: in 10^9 bytes, as named by the vendor.
+        tensorrt: major and minor version of TensorRT, '10.3'.
+        cuda: major and minor version of CUDA, '12.6'.
+        ptx_isa: PTX version, times ten, that its kernels are compiled to: enough for its SM, accepted by its driver.
+        python: version of Python that its JetPack's TensorRT bindings are built for.
+        jetpack: version of JetPack; None in a datacenter.
+        multiprocessors: number in the whole GPU; a Jetson's lower power modes switch some off.
+        precisions: dtypes that its TensorRT can compute in, of fp32, fp16, bf16, int8, int4, fp8, nvfp4.
+        memory_gb: memory in 10^9 bytes, as named by the vendor.
         shared_memory: CPU and GPU share that memory.
         bandwidth_gbs: memory bandwidth in 10^9 bytes per second.
-        fp16_tflops: dense, in 10^12 operations per second.
+        fp16_tflops: dense fp16 rate in 10^12 operations per second.
         matches: part of a Jetson's model name, or a word of a GPU's name.
-        split_lm_head: pieces that its memory makes the language-model head be computed in.
+        split_lm_head: number of pieces that the head is computed in, so that none is too large to allocate.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Target:
 
 @cache
 def load_targets() -> dict[str, tuple[Target, ...]]:
-    """Every target by name: one for each JetPack it can have, the default first.
+    """Load every target by name: one for each JetPack that it can have, the default first.
 
     Raises:
         MissingDependency: Python 3.10 without tomli.
@@ -71,10 +72,10 @@ def load_targets() -> dict[str, tuple[Target, ...]]:
 
 
 def find_target(name: str, jetpack: str | None = None) -> Target:
-    """The target called `name`, with the default JetPack or the one asked for.
+    """Find a target by name, with its default JetPack or the one asked for.
 
     Raises:
-        InputError: no such target; a JetPack that the board does not have, or any for a datacenter GPU.
+        InputError: no such target; a JetPack that the board does not have; any JetPack for a datacenter GPU.
     """
     targets = load_targets()
     if name not in targets:
@@ -93,10 +94,10 @@ def find_target(name: str, jetpack: str | None = None) -> Target:
 
 
 def match_machine(machine: Machine) -> Target | None:
-    """The row of the machine looked at, with its JetPack's versions; None for a machine that the table does not have.
+    """Find the target that a machine is, with its JetPack's versions; None: not in the table.
 
-    A Jetson is told by its model name and memory: its power modes switch multiprocessors off. Any other machine is
-    told by its first GPU's name, multiprocessors and memory.
+    A Jetson is identified by its model name and memory, not by multiprocessors, which its power modes switch off. Any
+    other machine is identified by its first GPU's name, multiprocessors and memory.
     """
     if machine.jetson_model:
         return _match_jetson(machine.jetson_model, machine.memory_gb, machine.jetpack)
@@ -110,7 +111,10 @@ def _match_jetson(model: str, memory_gb: float | None, jetpack: str | None) -> T
 
 
 def _nearest_jetpack(choices: tuple[Target, ...], jetpack: str | None) -> Target:
-    """The first version of the same major that is not older, else the newest of that major, else the default."""
+    """Choose the target whose JetPack is nearest to a machine's.
+
+    That is the first of the same major version that is not older, else the newest of that major, else the default.
+    """
     if jetpack is None:
         return choices[0]
     wanted = version_numbers(jetpack)[:2]
@@ -133,13 +137,13 @@ def _near(seen: float, named: float) -> bool:
 
 
 def newest_ptx_isa(cuda: str) -> int:
-    """The newest PTX version, times ten, that a driver of this CUDA version takes: 85 for '12.6'; 0 before 12.0."""
+    """Return the newest PTX version, times ten, that a CUDA version's driver takes: 85 for '12.6'; 0 before 12.0."""
     wanted = version_numbers(cuda)[:2]
     return max((isa for name, isa in _read_toml()["ptx_isa"].items() if version_numbers(name) <= wanted), default=0)
 
 
 def oldest_cuda(ptx_isa: int) -> str:
-    """The oldest CUDA version whose driver takes a PTX version: '12.5' for 85.
+    """Return the oldest CUDA version whose driver takes a PTX version, times ten: '12.5' for 85.
 
     Raises:
         InputError: no CUDA in the table is new enough.
@@ -152,10 +156,10 @@ def oldest_cuda(ptx_isa: int) -> str:
 
 
 def kernel_ptx_isa(sm: int) -> int:
-    """The PTX version, times ten, that kernels for this compute capability (times ten) are compiled to.
+    """Return the PTX version that kernels for a compute capability are compiled to; both times ten.
 
     Raises:
-        InputError: an SM that no kernel is compiled for.
+        InputError: no kernel is compiled for this compute capability.
     """
     table: dict[str, int] = _read_toml()["kernels"]
     known = [isa for oldest, isa in table.items() if int(oldest) <= sm]
