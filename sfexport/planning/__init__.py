@@ -1,1 +1,1 @@
-"""`sfexport plan`: what a checkpoint would take on a machine, computed before anyone waits for a build."""
+"""Compute the memory and speed of a checkpoint on a target before any build: `sfexport plan`."""

@@ -1,8 +1,8 @@
-"""What a Slow-Fast model costs: FLOPs and bytes of every part, from its sizes alone. The one place with such formulas.
+"""Count FLOPs and bytes of every part of a Slow-Fast model from its sizes alone. No other module has such formulas.
 
-Two FLOPs per multiply-add; matrix products and convolutions only, as torch's FlopCounterMode counts. Left out, there
-and here: norms, activations, softmax, rotary angles, pooling and the means that make fast tokens. Attention is counted
-over all positions, masked or not.
+A multiply-add is two FLOPs. Matrix products and convolutions are counted, as torch's FlopCounterMode does; norms,
+activations, softmax, rotary angles, pooling and the means that make fast tokens are not. Attention is counted over
+all positions, masked or not.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.exporting.rounding import block_for
 
 PARTS = ("tower", "projector", "compressor", "decoder", "head", "embedding")
-EMBEDDING_BYTES = 2  # the table stays in the checkpoint's file, as a rule in 16 bits
+EMBEDDING_BYTES = 2  # per element: the table is read from the checkpoint's file, which usually has 16 bits
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How numbers are stored.
+    """Formats of a model's weights, activations and K/V.
+
+    4-bit matrices have a scale per block, 8-bit ones a scale per output; a scale takes `width` bytes. A matrix that
+    cannot be cut into blocks is not quantised to 4 bits.
 
     Attributes:
         name: 'fp32', 'fp16', 'bf16', or the decoder's layers and its head: 'int4+fp16', 'int4+int8'.
         width: bytes of an activation, of a K/V element and of every weight that is not quantised.
-        body_bits, head_bits: of the decoder's and the head's matrices; 4 has a scale per block, 8 one per output,
-            each `width` bytes. What cannot be cut into blocks is not rounded.
+        body_bits: bits of a weight of the decoder's matrices.
+        head_bits: bits of a weight of the head's matrix.
     """
 
     name: str
@@ -42,7 +45,11 @@ class Storage:
 
 
 def storages(half: str) -> tuple[Storage, ...]:
-    """What a model can be stored in, widest first. Args: `half`: 'fp16' or 'bf16', the 16 bits it is at home in."""
+    """List the weight formats of a model, widest first.
+
+    Args:
+        half: 'fp16' or 'bf16', the checkpoint's 16-bit dtype.
+    """
     return (
         Storage("fp32", 4, 32, 32),
         Storage(half, 2, 16, 16),
@@ -53,11 +60,14 @@ def storages(half: str) -> tuple[Storage, ...]:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt.
+    """Numbers of frames and tokens of a prompt.
 
     Attributes:
-        frames: sampled from the video. before: text before the video. fast: the video's fast tokens.
-        question: text from the video's end to the answer. slow: the video's slow tokens, which take no position.
+        frames: number of frames sampled from the video.
+        before: number of text tokens before the video.
+        fast: number of the video's fast tokens.
+        question: number of text tokens from the video's end to the answer.
+        slow: number of the video's slow tokens, which take no position.
     """
 
     frames: int
@@ -68,11 +78,17 @@ class Lengths:
 
     @property
     def prompt(self) -> int:
+        """Positions of the whole prompt."""
         return self.before + self.fast + self.question
 
 
-def lengths(config: ModelConfig, tower: Tower, image_size: int, frames: int, before: int, question: int) -> Lengths:
-    """Of a prompt about `frames` frames; one frame is a single image, whose tokens are not pooled."""
+def prompt_lengths(
+    config: ModelConfig, tower: Tower, image_size: int, frames: int, before: int, question: int
+) -> Lengths:
+    """Count the tokens of a prompt about `frames` frames.
+
+    One frame is a single image, whose tokens are not pooled.
+    """
     side = tower.grid(image_size)
     cells = side**2 if frames == 1 else (side // config.slow_fast.video_pooling_stride) ** 2
     fast = fast_token_count(frames, cells, config.slow_fast.fast)
@@ -80,7 +96,7 @@ def lengths(config: ModelConfig, tower: Tower, image_size: int, frames: int, bef
 
 
 def tower_flops(tower: Tower, image_size: int) -> int:
-    """Of one frame of image_size x image_size pixels."""
+    """Count the tower's FLOPs for one frame of image_size x image_size pixels."""
     if isinstance(tower, ConvNextTower):
         return _convnext_flops(tower, image_size)
     return _vit_flops(tower, image_size)
@@ -106,7 +122,7 @@ def _vit_flops(tower: VitTower, image_size: int) -> int:
 
 
 def projector_flops(config: ModelConfig, tokens: int) -> int:
-    """Of `tokens` tower features: every cell of every frame, before pooling."""
+    """Count the projector's FLOPs for `tokens` tower features: every cell of every frame, before pooling."""
     projector, hidden = config.projector, config.text.hidden_size
     if projector.kind == "identity":
         return 0
@@ -114,13 +130,13 @@ def projector_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def vision_flops(config: ModelConfig, tower: Tower, image_size: int, frames: int) -> int:
-    """Tower and projector, all frames."""
+    """Count the FLOPs of tower and projector for all frames."""
     cells = tower.grid(image_size) ** 2
     return frames * tower_flops(tower, image_size) + projector_flops(config, frames * cells)
 
 
 def slow_key_value_flops(config: ModelConfig, slow: int) -> int:
-    """The compressor's projections of `slow` slow tokens, once per video."""
+    """Count the FLOPs of the compressor's projections of `slow` slow tokens, made once per video."""
     text = config.text
     width = 2 * text.num_kv_heads * text.head_dim
     return 2 * slow * text.hidden_size * width * len(config.slow_fast.hybrid_layers)
@@ -128,7 +144,7 @@ def slow_key_value_flops(config: ModelConfig, slow: int) -> int:
 
 @dataclass(frozen=True)
 class DecoderFlops:
-    """Of one call of the decoder."""
+    """FLOPs of one decoder call, by operation."""
 
     linear: int
     self_attention: int
@@ -143,12 +159,14 @@ class DecoderFlops:
 def decoder_flops(
     config: ModelConfig, positions: int, past: int = 0, slow: int = 0, rows: int | None = None, logits: int = 1
 ) -> DecoderFlops:
-    """A prefill of `positions` positions behind `past` others, or a decode step (one position).
+    """Count the FLOPs of one decoder call: a prefill, or a decode step of one position.
 
     Args:
-        slow: slow tokens attended to; 0: the call has no slow tokens.
-        rows: positions that attend to them; None: all.
-        logits: positions whose logits are computed.
+        positions: number of positions computed.
+        past: number of positions before them, whose K/V are kept.
+        slow: number of slow tokens attended to; 0: the call has no slow tokens.
+        rows: number of positions that attend to slow tokens; None: all.
+        logits: number of positions whose logits are computed.
     """
     text, hybrid = config.text, len(config.slow_fast.hybrid_layers) if slow else 0
     width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
@@ -164,29 +182,42 @@ def decoder_flops(
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the decoder as a session makes it: positions, those before, slow tokens attended to."""
+    """One decoder call as a session makes it.
+
+    Attributes:
+        positions: number of positions computed.
+        past: number of positions before them.
+        slow: number of slow tokens attended to.
+    """
 
     positions: int
     past: int
     slow: int
 
 
-def prefill_calls(config: ModelConfig, at: Lengths) -> dict[str, Call]:
-    """'before' and 'fast', once per video, and 'question'. Only calls with positions that attend get slow tokens."""
+def prefill_calls(config: ModelConfig, lengths: Lengths) -> dict[str, Call]:
+    """Name the prefill calls of a prompt: 'before' and 'fast', once per video, and 'question'.
+
+    A call gets slow tokens only if one of its positions attends to them.
+    """
     attends = config.slow_fast.attends
     return {
-        "before": Call(at.before, 0, 0 if attends == Attending.TEXT_AFTER_VIDEO else at.slow),
-        "fast": Call(at.fast, at.before, at.slow if attends == Attending.ALL else 0),
-        "question": Call(at.question, at.before + at.fast, at.slow),
+        "before": Call(lengths.before, 0, 0 if attends == Attending.TEXT_AFTER_VIDEO else lengths.slow),
+        "fast": Call(lengths.fast, lengths.before, lengths.slow if attends == Attending.ALL else 0),
+        "question": Call(lengths.question, lengths.before + lengths.fast, lengths.slow),
     }
 
 
 def call_flops(config: ModelConfig, call: Call) -> int:
+    """Count the FLOPs of one decoder call as a session makes it."""
     return decoder_flops(config, call.positions, call.past, call.slow).total
 
 
 def weight_bytes(config: ModelConfig, tower: Tower, storage: Storage) -> dict[str, int]:
-    """By part (PARTS). A head tied to the embedding counts in both: the decoder holds it, the table stays a file."""
+    """Count the bytes of the weights by part (PARTS).
+
+    A head tied to the embedding counts in both: the decoder holds it, the table stays a file.
+    """
     out = dict.fromkeys(PARTS, 0)
     text = config.text
     for name, shape in (config.expected_tensors() | tower.expected_tensors()).items():
@@ -215,7 +246,7 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], storage: Storage) -> int:
 
 
 def _matrix_bytes(outputs: int, inputs: int, bits: int, width: int) -> int:
-    """A matrix in `bits`, with its scales."""
+    """Count the bytes of a matrix in `bits` with its scales; `width`: bytes of a scale."""
     block = {4: block_for(inputs, outputs), 8: inputs}.get(bits)
     if block is None:
         return outputs * inputs * (bits // 8 or width)
@@ -223,22 +254,23 @@ def _matrix_bytes(outputs: int, inputs: int, bits: int, width: int) -> int:
 
 
 def text_key_value_bytes(config: ModelConfig, positions: int, width: int) -> int:
-    """K and V of every layer. Args: `width`: bytes of an element."""
+    """Count the bytes of K and V of `positions` positions in every layer; `width`: bytes of an element."""
     text = config.text
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * positions * width
 
 
 def slow_key_value_bytes(config: ModelConfig, slow: int, width: int) -> int:
-    """K and V of every hybrid layer."""
+    """Count the bytes of K and V of `slow` slow tokens in every hybrid layer; `width`: bytes of an element."""
     text = config.text
     return 2 * len(config.slow_fast.hybrid_layers) * text.num_kv_heads * text.head_dim * slow * width
 
 
 def call_bytes(config: ModelConfig, weights: Mapping[str, int], call: Call, width: int) -> int:
-    """What a call of the decoder reads at least: every weight once, and the K/V of what it attends to.
+    """Count the bytes that a decoder call reads at least: every weight once, and the K/V attended to.
 
     Args:
-        weights: by part, from weight_bytes. width: bytes of a K/V element.
+        weights: bytes by part, from weight_bytes.
+        width: bytes of a K/V element.
     """
     text = text_key_value_bytes(config, call.past + call.positions, width)
     return weights["decoder"] + weights["head"] + text + slow_key_value_bytes(config, call.slow, width)

@@ -1,6 +1,6 @@
-"""Checkpoint and targets -> figures.
+"""Compute a Plan: memory and speed of a checkpoint on targets.
 
-Nothing is built or run: graphs are written into a temporary directory and read.
+No engine is built or run: graphs are exported to a temporary directory and read.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from sfexport.machines.targets import Target, find_target, load_targets, match_m
 from sfexport.planning.flops import (
     Lengths,
     Storage,
-    lengths,
+    call_flops,
     prefill_calls,
+    prompt_lengths,
     slow_key_value_flops,
     storages,
     vision_flops,
     weight_bytes,
 )
-from sfexport.planning.flops import call_flops as flops_of
 from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
 from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
 from sfexport.values import whole_number
 from sfexport.versions import maps_weights
 
 CPU, ALL = "cpu", "all"
-# Tokens of the prompt's template before the video, and of a question of some twelve words with what follows it.
+# Text tokens of the timed prompt: the template before the video; a question of about twelve words and what follows it.
 BEFORE_TOKENS, QUESTION_TOKENS = 14, 30
-SYSTEM_BYTES = 1_500_000_000  # what a board without a desktop keeps of the memory that CPU and GPU share
+SYSTEM_BYTES = 1_500_000_000  # memory that the system of a board without a desktop uses, where CPU and GPU share it
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One way of storing the weights on one target; bytes and seconds.
+    """Memory and speed of one Storage on one target.
 
     Attributes:
-        weights: by part. builds, answers: the target's memory suffices; None: it is not known.
+        storage: format of the weights.
+        weights: bytes by part (flops.PARTS).
+        memory: bytes to build and to answer.
+        builds: the target's memory suffices to build; None: its size is not known.
+        answers: the target's memory suffices to answer; None: its size is not known.
         speed: None for the CPU, whose rates are not known.
     """
 
@@ -62,7 +66,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """Attributes: `memory`: the target's, in bytes; None: not known. `efficiency`: what was assumed for `speed`."""
+    """The part of a Plan about one target.
+
+    Attributes:
+        name: the target's name, or 'cpu'.
+        jetpack: the target's JetPack; None: not a Jetson.
+        memory: bytes of the target's memory; None: not known.
+        efficiency: assumed for the speed in `figures`; None for the CPU.
+        figures: one for each Storage, widest first.
+    """
 
     name: str
     jetpack: str | None
@@ -73,7 +85,16 @@ class TargetPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes: `lengths`: of the prompt that is timed. `limits`: what memory is reserved for. `flops`: by stage."""
+    """The result of `sfexport plan`: memory and speed of a checkpoint on each target.
+
+    Attributes:
+        checkpoint: the checkpoint's directory.
+        lengths: frames and tokens of the prompt that is timed.
+        limits: largest frames and tokens that memory is reserved for.
+        flops: FLOPs by stage: vision, compressor and each prefill call.
+        decode_mode: the checkpoint's decode mode.
+        targets: one TargetPlan for each target.
+    """
 
     checkpoint: Path
     lengths: Lengths
@@ -83,6 +104,7 @@ class Plan:
     targets: tuple[TargetPlan, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return a document of plain values; bytes, FLOPs and seconds."""
         return {
             "computed": True,
             "checkpoint": str(self.checkpoint),
@@ -128,14 +150,15 @@ def _seconds_json(speed: Speed) -> dict[str, float | None]:
 
 
 def plan(path: Path, target: str | None = None, frames: int | None = None, jetpack: str | None = None) -> Plan:
-    """What answering about `frames` frames (None: the checkpoint's number) takes.
+    """Compute the memory and speed of building engines and answering about a video.
 
     Args:
         target: a name in the table of targets, 'all', or 'cpu' for ONNX Runtime on this machine; None: this machine.
-        jetpack: the target's; None: its default.
+        frames: number of frames sampled from the video; None: the checkpoint's.
+        jetpack: the target's JetPack; None: its default.
 
     Raises:
-        InputError: an unknown target or JetPack, a number of frames that nothing can be asked about.
+        InputError: an unknown target or JetPack, or a number of frames that cannot be asked about.
         CheckpointError: the checkpoint is incomplete or damaged.
     """
     chosen = choose_targets(target, jetpack)
@@ -145,24 +168,24 @@ def plan(path: Path, target: str | None = None, frames: int | None = None, jetpa
     with TemporaryDirectory(prefix="sfexport-plan-") as folder:
         precisions = ("fp32", checkpoint.half_precision)
         wide, narrow = (_export(checkpoint, Path(folder) / p, p, frames) for p in precisions)
-        at = _lengths(checkpoint, wide.frames)
-        limits = Limits(at.frames)
+        lengths = _lengths(checkpoint, wide.frames)
+        limits = Limits(lengths.frames)
         if chosen is None:
-            targets: Sequence[TargetPlan] = [_on_this_cpu(checkpoint, wide, at)]
+            targets: Sequence[TargetPlan] = [_on_this_cpu(checkpoint, wide, lengths)]
         else:
-            memory = _Memory({4: wide, 2: narrow}, limits)
-            targets = [_on_target(checkpoint, memory, at, target) for target in chosen]
+            memory = _MemoryEstimates({4: wide, 2: narrow}, limits)
+            targets = [_on_target(checkpoint, memory, lengths, target) for target in chosen]
     config, size = checkpoint.config, checkpoint.image.crop
     flops = {
-        "vision": vision_flops(config, checkpoint.tower, size, at.frames),
-        "compressor": slow_key_value_flops(config, at.slow),
-        **{f"prefill_{name}": flops_of(config, call) for name, call in prefill_calls(config, at).items()},
+        "vision": vision_flops(config, checkpoint.tower, size, lengths.frames),
+        "compressor": slow_key_value_flops(config, lengths.slow),
+        **{f"prefill_{name}": call_flops(config, call) for name, call in prefill_calls(config, lengths).items()},
     }
-    return Plan(path, at, limits, flops, config.slow_fast.decode_mode, tuple(targets))
+    return Plan(path, lengths, limits, flops, config.slow_fast.decode_mode, tuple(targets))
 
 
 def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target] | None:
-    """The targets that a name stands for; None: this machine's CPU.
+    """Return the targets that a name stands for; None: this machine's CPU.
 
     Raises:
         InputError: an unknown name or JetPack, or this machine has a GPU that the table of targets does not have.
@@ -196,19 +219,20 @@ def _export(checkpoint: Checkpoint, out: Path, precision: str, frames: int | Non
 
 def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
     config = checkpoint.config
-    at = lengths(config, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
+    lengths = prompt_lengths(config, checkpoint.tower, checkpoint.image.crop, frames, BEFORE_TOKENS, QUESTION_TOKENS)
     longest = config.text.max_length
-    if longest is not None and at.prompt > longest:
+    if longest is not None and lengths.prompt > longest:
         raise InputError(
-            f"{frames} frames make {at.fast:,} fast tokens with this checkpoint's strides; with "
-            f"{at.before + at.question} tokens of text that is more than the {longest:,} positions the model takes.",
+            f"{frames} frames make {lengths.fast:,} fast tokens with this checkpoint's strides; with "
+            f"{lengths.before + lengths.question} tokens of text that is more than the {longest:,} positions the "
+            "model takes.",
             "Use fewer --frames.",
         )
-    return at
+    return lengths
 
 
-class _Memory:
-    """What estimate_memory says of bundles, by the width of their numbers, each asked once."""
+class _MemoryEstimates:
+    """Memory estimates of the exported bundles, by width in bytes and mapping of weights; each is computed once."""
 
     def __init__(self, bundles: dict[int, Bundle], limits: Limits) -> None:
         self._profiles = {width: resolve_profiles(bundle, limits) for width, bundle in bundles.items()}
@@ -216,6 +240,7 @@ class _Memory:
         self._known: dict[tuple[int, bool], MemoryEstimate] = {}
 
     def of(self, storage: Storage, weights: dict[str, int], mapped: bool) -> MemoryEstimate:
+        """Estimate memory for a Storage; `weights`: bytes by part; `mapped`: the parser maps the weights file."""
         width = storage.width
         if (width, mapped) not in self._known:
             self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
@@ -223,21 +248,21 @@ class _Memory:
         return with_weights(found, weights, mapped) if storage.quantised else found
 
 
-def _on_target(checkpoint: Checkpoint, memory: _Memory, at: Lengths, target: Target) -> TargetPlan:
+def _on_target(checkpoint: Checkpoint, memory: _MemoryEstimates, lengths: Lengths, target: Target) -> TargetPlan:
     config, tower, size = checkpoint.config, checkpoint.tower, checkpoint.image.crop
     mapped = maps_weights(target.tensorrt)
     found = []
     for storage in storages(checkpoint.half_precision):
         weights = weight_bytes(config, tower, storage)
         needs = memory.of(storage, weights, mapped)
-        builds, answers = _fits(needs, target)
-        speed = estimate_speed(config, tower, size, at, storage, weights, target)
+        builds, answers = _builds_and_answers(needs, target)
+        speed = estimate_speed(config, tower, size, lengths, storage, weights, target)
         found.append(Figures(storage, weights, needs, builds, answers, speed))
     return TargetPlan(target.name, target.jetpack, round(1e9 * target.memory_gb), efficiency_on(target), tuple(found))
 
 
-def _fits(memory: MemoryEstimate, target: Target) -> tuple[bool, bool]:
-    """Whether building and answering do, in what memory of the target is known (not the host's beside a GPU)."""
+def _builds_and_answers(memory: MemoryEstimate, target: Target) -> tuple[bool, bool]:
+    """Check whether building and answering fit into the target's memory; a GPU host's memory is not known."""
     free = target.memory_gb - (SYSTEM_BYTES / 1e9 if target.shared_memory else 0)
     needs = memory_needs(memory, target.shared_memory, free, None)
     verdicts = {what: needed <= has for what, needed, has in needs if has is not None}
@@ -245,11 +270,11 @@ def _fits(memory: MemoryEstimate, target: Target) -> tuple[bool, bool]:
     return builds, answers
 
 
-def _on_this_cpu(checkpoint: Checkpoint, bundle: Bundle, at: Lengths) -> TargetPlan:
-    profiles = resolve_profiles(bundle, Limits(at.frames, at.before + at.question))
+def _on_this_cpu(checkpoint: Checkpoint, bundle: Bundle, lengths: Lengths) -> TargetPlan:
+    profiles = resolve_profiles(bundle, Limits(lengths.frames, lengths.before + lengths.question))
     size, found = physical_memory(), []
     for storage in CPU_STORAGES:
-        memory = cpu_memory(checkpoint, bundle, profiles, storage, at.frames)
+        memory = cpu_memory(checkpoint, bundle, profiles, storage, lengths.frames)
         builds, answers = (None if size is None else n <= size for n in (memory.build_host, memory.run))
         found.append(Figures(storage, cpu_weight_bytes(checkpoint, storage), memory, builds, answers, None))
     return TargetPlan(CPU, None, size, None, tuple(found))

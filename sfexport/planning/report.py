@@ -1,4 +1,4 @@
-"""A plan as a table and what it rests on, in 80 columns."""
+"""Print a Plan in 80 columns: its tables, then the assumptions behind the figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WEIGHTS = {
 
 
 def show(plan: Plan) -> None:
-    """The tables on stdout: one target in full, several with a line for each way of storing the weights."""
+    """Print a plan on stdout: one target in full, several with one row for each Storage."""
     if len(plan.targets) == 1:
         target = plan.targets[0]
         unit = GB if max(figures.memory.run for figures in target.figures) >= GB else MB
@@ -43,7 +43,7 @@ def _machine(target: TargetPlan) -> str:
 
 
 def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
-    """Quantities, a column for each way of storing the weights."""
+    """Yield the rows of one target's table: a quantity, then its value for each Storage."""
 
     def sizes(name: str, values: list[int]) -> tuple[str, ...]:
         return (name, *(f"{value / unit:.2f}" for value in values))
@@ -72,7 +72,7 @@ def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
 
 
 def _lines(target: TargetPlan) -> Iterator[tuple[str, ...]]:
-    """A line for each way of storing the weights."""
+    """Yield a target's rows in the table of every target: one for each Storage."""
     for i, f in enumerate(target.figures):
         build = f.memory.build if target.jetpack else f.memory.build_device
         assert f.speed is not None, "plan --target all lists no CPU, the one target without a speed"
@@ -105,7 +105,7 @@ def _seconds(value: float | None) -> str:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """What the figures rest on, a paragraph each."""
+    """Yield the paragraphs below the tables: the prompt, what was computed and what was assumed."""
     at, limits = plan.lengths, plan.limits
     yield (
         f"{at.frames} frames: {at.slow:,} slow tokens and a prompt of {at.prompt:,} ({at.before} before the video, "

@@ -1,6 +1,6 @@
-"""How long things would take on a target: FLOPs and bytes over its peak rates, times the fraction that is attained.
+"""Estimate seconds and tokens per second on a target from FLOPs, bytes and the attained share of its peak rates.
 
-Computed, not measured.
+Nothing is measured.
 """
 
 from __future__ import annotations
@@ -25,44 +25,52 @@ from sfexport.planning.flops import (
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of a target's peak rates.
+    """Attained fractions of a target's peak rates.
 
     Attributes:
-        bandwidth: while the decoder reads its weights, in a runtime that has kernels of its own for it.
-        prefill, prefill_int4, vision: of the fp16 rate.
-        plain_bandwidth: as bandwidth, of a plain ONNX graph that appends to its K/V by Concat, as sfexport's do.
+        bandwidth: of the memory bandwidth, while a runtime with decoder kernels of its own reads the weights.
+        prefill: of the fp16 rate, in prefill with 16-bit weights.
+        prefill_int4: of the fp16 rate, in prefill with int4 weights.
+        vision: of the fp16 rate, in vision tower and projector.
+        plain_bandwidth: of the memory bandwidth, by a plain ONNX graph that appends to its K/V by Concat, as
+            sfexport's do.
     """
 
     bandwidth: float
     prefill: float
     prefill_int4: float
     vision: float
-    plain_bandwidth: float = 0.27  # a published measurement: a model of 0.5 B in fp16 on an Orin Nano, TensorRT 10.3
+    plain_bandwidth: float = 0.27  # published measurement of a 0.5 B model in fp16 on an Orin Nano, TensorRT 10.3
 
 
 # From published measurements of models of 7 to 8 B parameters (TensorRT-Edge-LLM 0.9: Qwen3-8B and Qwen3-VL-8B on AGX
-# Orin, Orin NX and AGX Thor; TinyChat: Llama models on AGX Orin). Where a board has no figure of its own the AGX
-# Orin's stands in; Thor's fp16 prefill is taken to attain what its fp16 vision does.
+# Orin, Orin NX and AGX Thor; TinyChat: Llama models on AGX Orin). A target without a published
+# figure has the AGX Orin's. Thor's fp16 prefill is assumed to attain what its fp16 vision does.
 _PUBLISHED = {
     "jetson-orin-nx": Efficiency(bandwidth=0.90, prefill=0.45, prefill_int4=0.45, vision=0.47),
     "jetson-thor": Efficiency(bandwidth=0.87, prefill=0.28, prefill_int4=0.12, vision=0.28),
 }
-_ELSEWHERE = Efficiency(bandwidth=0.77, prefill=0.45, prefill_int4=0.43, vision=0.47)
+_AGX_ORIN = Efficiency(bandwidth=0.77, prefill=0.45, prefill_int4=0.43, vision=0.47)
 
 
 def efficiency_on(target: Target) -> Efficiency:
-    return next((e for name, e in _PUBLISHED.items() if target.name.startswith(name)), _ELSEWHERE)
+    """Choose the efficiency assumed on a target: its board's published one, else the AGX Orin's."""
+    return next((e for name, e in _PUBLISHED.items() if target.name.startswith(name)), _AGX_ORIN)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of the stages of a first question; None: the table of targets has no rate for this type.
+    """Seconds of a first question's stages and the answer's tokens per second.
+
+    Seconds are None where the table of targets has no rate for the dtype.
 
     Attributes:
-        vision: tower and projector. compressor: slow K/V. prefix: text before the video and the fast tokens.
-        question: its own prefill.
-        tokens_per_second: of the answer, in the model's decode mode, by Efficiency's bandwidth: the upper end.
-        plain_tokens_per_second: by its plain_bandwidth: the lower end.
+        vision: seconds of tower and projector, all frames.
+        compressor: seconds of the slow K/V.
+        prefix: seconds of the prefill of the text before the video and of the fast tokens.
+        question: seconds of the question's prefill.
+        tokens_per_second: upper end, in the model's decode mode, at Efficiency.bandwidth.
+        plain_tokens_per_second: lower end, at Efficiency.plain_bandwidth.
     """
 
     vision: float | None
@@ -74,17 +82,17 @@ class Speed:
 
     @property
     def first_token(self) -> float | None:
-        """From decoded frames to the first token of the first answer."""
+        """Seconds from decoded frames to the first token of the first answer; None: unknown."""
         return _total(self.vision, self.compressor, self.prefix, self.question)
 
     @property
     def second_question(self) -> float | None:
-        """To the first token of every later answer about the video."""
+        """Seconds to the first token of every later answer about the video; None: unknown."""
         return self.question
 
 
 def _total(*seconds: float | None) -> float | None:
-    """Add up stages; None if one of them is unknown."""
+    """Add up the seconds of stages; None if one of them is unknown."""
     known = [stage for stage in seconds if stage is not None]
     return sum(known) if len(known) == len(seconds) else None
 
@@ -93,28 +101,35 @@ def estimate_speed(
     config: ModelConfig,
     tower: Tower,
     image_size: int,
-    at: Lengths,
+    lengths: Lengths,
     storage: Storage,
     weights: Mapping[str, int],
     target: Target,
 ) -> Speed:
-    """Args: `weights`: bytes by part, from cost.weight_bytes."""
+    """Estimate the speed of a first question on a target.
+
+    Args:
+        image_size: side of a frame in pixels.
+        lengths: frames and tokens of the prompt.
+        weights: bytes by part, from flops.weight_bytes.
+    """
     attained = efficiency_on(target)
     bandwidth = 1e9 * target.bandwidth_gbs * attained.bandwidth
     rate = 1e12 * target.fp16_tflops if storage.width == 2 else None
     share = attained.prefill_int4 if storage.quantised else attained.prefill
 
     def call_seconds(call: Call) -> float | None:
-        """Of reading and computing the longer one."""
+        """Estimate a call's seconds: the longer of reading and computing; None: no rate for the dtype."""
         reading = call_bytes(config, weights, call, storage.width) / bandwidth
         return None if rate is None else max(reading, call_flops(config, call) / (rate * share))
 
-    before, fast, question = (call_seconds(call) for call in prefill_calls(config, at).values())
-    slow = at.slow if config.slow_fast.decode_mode == DecodeMode.TRAINED else 0
-    step = call_bytes(config, weights, Call(1, at.prompt, slow), storage.width) / bandwidth
+    before, fast, question = (call_seconds(call) for call in prefill_calls(config, lengths).values())
+    slow = lengths.slow if config.slow_fast.decode_mode == DecodeMode.TRAINED else 0
+    step = call_bytes(config, weights, Call(1, lengths.prompt, slow), storage.width) / bandwidth
+    vision = vision_flops(config, tower, image_size, lengths.frames)
     return Speed(
-        vision=None if rate is None else vision_flops(config, tower, image_size, at.frames) / (rate * attained.vision),
-        compressor=None if rate is None else slow_key_value_flops(config, at.slow) / (rate * attained.prefill),
+        vision=None if rate is None else vision / (rate * attained.vision),
+        compressor=None if rate is None else slow_key_value_flops(config, lengths.slow) / (rate * attained.prefill),
         prefix=_total(before, fast),
         question=question,
         tokens_per_second=1 / step,

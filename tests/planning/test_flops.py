@@ -27,9 +27,9 @@ from sfexport.planning.flops import (
     call_bytes,
     call_flops,
     decoder_flops,
-    lengths,
     prefill_calls,
     projector_flops,
+    prompt_lengths,
     slow_key_value_bytes,
     slow_key_value_flops,
     storages,
@@ -143,7 +143,7 @@ def test_a_model_without_slow_branch() -> None:
     model_config = model.config.model_config
     assert count(run_decoder(model, 12, 5, 0)) == decoder_flops(model_config, 12, 5, logits=12).total
     assert decoder_flops(model_config, 12, 5, slow=100) == decoder_flops(model_config, 12, 5)
-    at = lengths(model_config, TOWER, 128, 16, 10, 10)
+    at = prompt_lengths(model_config, TOWER, 128, 16, 10, 10)
     assert at.slow == slow_key_value_flops(model_config, 100) == slow_key_value_bytes(model_config, 100, 2) == 0
 
 
@@ -162,9 +162,9 @@ def test_the_released_model(released: ModelConfig) -> None:
     assert decoder_flops(released, 1396, logits=1396).total / 1e12 == pytest.approx(20.5225, abs=5e-5)
     assert slow_key_value_flops(released, 64 * 81) / 1e12 == pytest.approx(0.152, abs=5e-4)
     assert decoder_flops(released, 1396, slow=64 * 81, rows=100).cross_attention / 1e12 == pytest.approx(0.03, abs=5e-4)
-    at = lengths(released, CONVNEXT_XXL, 576, 64, 14, 86)
+    at = prompt_lengths(released, CONVNEXT_XXL, 576, 64, 14, 86)
     assert at == Lengths(frames=64, before=14, fast=1296, question=86, slow=5184) and at.prompt == 1396
-    assert lengths(released, CONVNEXT_XXL, 576, 1, 14, 86).slow == 324
+    assert prompt_lengths(released, CONVNEXT_XXL, 576, 1, 14, 86).slow == 324
 
 
 def test_weights_of_the_released_model(released: ModelConfig) -> None:
