@@ -1,1 +1,1 @@
-"""`sfexport doctor`: what this machine lacks to build and run engines, and the commands that fix it."""
+"""Find what a machine lacks to build and run engines, and the commands that fix it: `sfexport doctor`."""

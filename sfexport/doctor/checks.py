@@ -1,6 +1,6 @@
-"""The single checks of `sfexport doctor`: a Machine and a Target in, one DoctorCheck out.
+"""Check one item of a Machine against a Target and give a DoctorCheck: the checks of `sfexport doctor`.
 
-Asks the system nothing.
+The operating system is not asked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sfexport.versions import (
 )
 
 OLDEST_SM = min(SMS)
-# The released 8.5 B model: its engines in fp16; all in float32.
+# The released 8.5 B model in 10^9 bytes: its engines in fp16; its weights in float32.
 ENGINES_GB, FLOAT32_GB = 15.9, 34.0
-# Building its decoder in 16 bits, without and with weights that the parser reads where they lie (engines/memory.py).
+# Memory in 10^9 bytes to build its decoder in 16 bits: parser without, then with a mapped file (engines/memory.py).
 JETSON_BUILD_GB, HOST_BUILD_GB = (44.0, 29.9), (28.3, 14.1)
 OK, WARNING, MISSING = "ok", "warning", "missing"
 APT_TENSORRT = "python3-libnvinfer python3-libnvinfer-dev tensorrt"
@@ -37,7 +37,15 @@ _NOT_NEEDED = "not needed to build or answer"
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One thing looked at. `verdict` is 'ok', 'warning' or 'missing'; `fix` is empty where nothing is to be done."""
+    """One checked item of a machine.
+
+    Attributes:
+        name: the item, 'CUDA driver'.
+        seen: what the machine has.
+        expected: what engines need.
+        verdict: 'ok', 'warning' or 'missing'.
+        fix: a command or advice; empty: nothing to do.
+    """
 
     name: str
     seen: str
@@ -50,7 +58,10 @@ Check = Callable[[Machine, "Target | None"], "DoctorCheck | None"]
 
 
 def checks_for(machine: Machine) -> tuple[Check, ...]:
-    """In the order to fix things in. Without NVIDIA hardware, TensorRT's companions are not asked for."""
+    """List the checks for a machine, in the order to fix things in.
+
+    Without NVIDIA hardware, TensorRT, its companions and the disk are not checked.
+    """
     if not machine.cuda.device:
         return (_machine, _python, _gpu, _triton, _onnxruntime, _memory, _torch)
     first = (_machine, _python, _jetpack, _driver, _gpu, _tensorrt, _numpy, _cuda_python, _triton)
@@ -72,7 +83,7 @@ def _machine(machine: Machine, target: Target | None) -> DoctorCheck:
 
 
 def _python(machine: Machine, target: Target | None) -> DoctorCheck:
-    """A JetPack's TensorRT bindings are compiled for its own Python and no other."""
+    """Check the version of Python: a JetPack's TensorRT bindings are compiled for its own Python only."""
     seen = machine.python + (" in a venv" if machine.in_venv else "")
     oldest = f"{version_text(OLDEST['python'])} or later"
     if is_older(machine.python, OLDEST["python"]):
@@ -110,7 +121,7 @@ def _jetpack(machine: Machine, target: Target | None) -> DoctorCheck | None:
 
 
 def _driver(machine: Machine, target: Target | None) -> DoctorCheck:
-    """It has to take the PTX that kernels are compiled to."""
+    """Check that the CUDA driver takes the PTX that kernels are compiled to."""
     cuda, isa = machine.cuda, target.ptx_isa if target else kernel_ptx_isa(OLDEST_SM)
     expected = f"CUDA {oldest_cuda(isa)} or later"
     if cuda.cuda is None:
@@ -182,7 +193,10 @@ def _tensorrt(machine: Machine, target: Target | None) -> DoctorCheck:
 
 
 def _tensorrt_fix(machine: Machine, target: Target | None) -> str:
-    """The module is not to be found; on a Jetson it comes from apt and must be seen from inside a venv."""
+    """Return the fix for a missing module `tensorrt`.
+
+    On a Jetson it comes from apt, and a venv must see the system's packages.
+    """
     found = machine.tensorrt
     if not machine.jetson_model:
         return _install_tensorrt(machine)
@@ -275,12 +289,12 @@ def _onnxruntime(machine: Machine, target: Target | None) -> DoctorCheck:
 
 
 def _memory(machine: Machine, target: Target | None) -> DoctorCheck:
-    """What a build is expected to take of the host's memory, or float32 weights in ONNX Runtime."""
+    """Check memory and swap for a build; without NVIDIA hardware, for float32 weights in ONNX Runtime."""
     if not machine.cuda.device:
         needed, expected = FLOAT32_GB, f"{FLOAT32_GB:.0f} GB to run the 8.5 B model in float32 (computed)"
     else:
         mapped = target is not None and maps_weights(target.tensorrt)
-        # On a Jetson the GPU's share comes out of the same memory.
+        # A Jetson's CPU and GPU share one memory.
         sizes = JETSON_BUILD_GB if machine.jetson_model else HOST_BUILD_GB
         needed = sizes[mapped]
         expected = f"{needed:.0f} GB to build the 8.5 B model in 16 bits (estimated)"
@@ -304,7 +318,10 @@ def _disk(machine: Machine, target: Target | None) -> DoctorCheck:
 
 
 def _power(machine: Machine, target: Target | None) -> DoctorCheck | None:
-    """Slower modes lower clocks and switch multiprocessors off, and TensorRT would tune for that."""
+    """Check that a Jetson is in its fastest power mode.
+
+    Slower modes lower clocks and switch multiprocessors off, and TensorRT tunes for the mode that it is built in.
+    """
     if machine.jetson_model is None:
         return None
     best = next((name for name in ("MAXN_SUPER", "MAXN") if name in machine.power_modes), None)

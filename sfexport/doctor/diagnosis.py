@@ -1,4 +1,4 @@
-"""`sfexport doctor`: whether engines can be built and run here, and the command that fixes what is missing."""
+"""Judge whether a machine can build and run engines, and print the commands that fix what is missing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ ONNXRUNTIME_NEEDS = {"Python", "onnxruntime"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """The result of `sfexport doctor`: every check of a machine, and which engines it can build and run.
 
     Attributes:
-        target: its name; None: a machine that the table of targets does not have.
-        asked: engines for that target are wanted, not just what this machine can do.
-        nvidia: there is NVIDIA hardware here, whether it works or not.
+        target: name of the target judged for; None: the table of targets does not have this machine.
+        nvidia: NVIDIA hardware is present, whether it works or not.
+        asked: the caller named the target; False: it is this machine's own, if the table has it.
+        checks: one DoctorCheck per item, in the order to fix things in.
     """
 
     target: str | None
@@ -30,29 +31,30 @@ class Diagnosis:
 
     @property
     def missing(self) -> list[str]:
+        """Names of the checks whose verdict is 'missing'."""
         return [check.name for check in self.checks if check.verdict == MISSING]
 
     @property
     def can_build(self) -> bool:
-        """TensorRT engines can be built and run here."""
+        """True if TensorRT engines can be built and run on this machine."""
         return set(self.missing) <= {"onnxruntime"}
 
     @property
     def can_run_onnxruntime(self) -> bool:
-        """ONNX Runtime engines can be built and run here."""
+        """True if ONNX Runtime engines can be built and run on this machine."""
         return not ONNXRUNTIME_NEEDS & set(self.missing)
 
     @property
     def exit_code(self) -> int:
-        """0 if TensorRT engines can be built here, else 1.
+        """Exit code of `sfexport doctor`: 0 if TensorRT engines can be built on this machine, else 1.
 
-        Without NVIDIA hardware and without a target that was asked for, ONNX Runtime is enough.
+        Without NVIDIA hardware and without a target that was asked for, it is 0 if ONNX Runtime engines can be built.
         """
         enough_here = not self.nvidia and not self.asked and self.can_run_onnxruntime
         return 0 if self.can_build or enough_here else 1
 
     def summary(self) -> list[str]:
-        """One sentence on TensorRT, one on ONNX Runtime."""
+        """Write one sentence about TensorRT engines and one about ONNX Runtime engines."""
         works = "can" if self.can_run_onnxruntime else "cannot"
         second = f"ONNX Runtime engines {works} be built and run here."
         engines = f"TensorRT engines for {self.target}" if self.asked else "TensorRT engines"
@@ -62,6 +64,7 @@ class Diagnosis:
         return [f"{engines} cannot be built here; {reason}.", second]
 
     def to_json(self) -> dict[str, Any]:
+        """Return a document of plain values; `lines` has the checks."""
         return {
             "target": self.target,
             "can_build": self.can_build,
@@ -71,11 +74,12 @@ class Diagnosis:
 
 
 def examine(machine: Machine, target: Target | None = None) -> Diagnosis:
-    """Judge a machine.
+    """Run every check on a machine, for the target that engines are wanted for.
 
     Args:
-        target: what engines are wanted for; None: the machine itself. If it is the machine itself, its own
-            JetPack counts, not the target's.
+        machine: the machine to judge.
+        target: the target; None: the machine itself. If it names the machine itself, the machine's own JetPack
+            counts, not the target's.
     """
     here = match_machine(machine)
     asked = target is not None
