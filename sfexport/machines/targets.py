@@ -14,7 +14,7 @@ from sfexport.versions import version_numbers
 if TYPE_CHECKING:
     from sfexport.machines.machine import Gpu, Machine
 
-# Largest difference between the memory that a machine shows and the vendor's figure; firmware keeps some.
+# Largest difference between a machine's memory and the vendor's figure, as a share of it: firmware keeps some.
 _MEMORY_TOLERANCE = 0.25
 
 

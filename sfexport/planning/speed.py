@@ -44,8 +44,8 @@ class Efficiency:
 
 
 # From published measurements of models of 7 to 8 B parameters (TensorRT-Edge-LLM 0.9: Qwen3-8B and Qwen3-VL-8B on AGX
-# Orin, Orin NX and AGX Thor; TinyChat: Llama models on AGX Orin). A target without a published
-# figure has the AGX Orin's. Thor's fp16 prefill is assumed to attain what its fp16 vision does.
+# Orin, Orin NX and AGX Thor; TinyChat: Llama models on AGX Orin). A target without a published figure has the
+# AGX Orin's. Thor's fp16 prefill is assumed to attain what its fp16 vision does.
 _PUBLISHED = {
     "jetson-orin-nx": Efficiency(bandwidth=0.90, prefill=0.45, prefill_int4=0.45, vision=0.47),
     "jetson-thor": Efficiency(bandwidth=0.87, prefill=0.28, prefill_int4=0.12, vision=0.28),
