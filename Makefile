@@ -8,8 +8,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Part of each stamp's name: another Python makes the environment anew.
 VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 READY := .ready-$(VERSION)
-# A file of tests stays with one of two workers: what its fixtures make is made once.
-PARALLEL := -n 2 --dist loadfile
+# Each of two workers takes half of the tests, so that what a file's fixtures make is made once; the faster one takes
+# over some of the other's at the end.
+PARALLEL := -n 2 --dist worksteal
 # Threads of NumPy and PyTorch wait actively: with two in each worker, the suite takes a third longer on two cores.
 test test-oldest test-oldest-base test-newest test-newest-base: export OMP_NUM_THREADS := 1
 
