@@ -187,6 +187,15 @@ class Precision(str, Enum):
         mask = ((1 << dtype.exponent) - 1) << (dtype.bits - 1 - dtype.exponent)
         return np.uint32(mask) if dtype.bits == 32 else np.uint16(mask)
 
+    @property
+    def fp16_overflow(self) -> np.unsignedinteger:
+        """The bits of this precision's smallest positive number that float16 rounds to infinity."""
+        import numpy as np
+
+        # 65520 is halfway from float16's largest number to 65536, which bfloat16 rounds it to; float16 has infinity.
+        bits: np.unsignedinteger = self.from_float32(np.array([65520], np.float32)).view(self.exponent_mask.dtype)[0]
+        return bits
+
     def from_float32(self, values: np.ndarray) -> np.ndarray:
         """Round float32 values to this precision, to nearest even; those beyond its range become infinite."""
         import numpy as np

@@ -37,6 +37,13 @@ def test_names_lead_back_to_a_precision(precision: Precision) -> None:
     assert f"{precision}" == str(precision) == precision.value == precision
 
 
+@pytest.mark.parametrize("precision", Precision)
+def test_the_first_number_that_overflows_in_float16(precision: Precision) -> None:
+    bits = precision.fp16_overflow
+    first, before = (precision.to_float32(np.array([b], bits.dtype)) for b in (bits, bits - 1))
+    assert np.isinf(Precision.FP16.from_float32(first)) and np.isfinite(Precision.FP16.from_float32(before))
+
+
 def test_names_that_are_no_precision() -> None:
     assert Precision.from_onnx(onnx.TensorProto.INT64) is Precision.from_tensorrt("INT64") is None
     with pytest.raises(KeyError):

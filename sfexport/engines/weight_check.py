@@ -27,10 +27,7 @@ from sfexport.progress import OnStep, no_step
 
 _CHUNK_BYTES = 8 << 20
 _WAITING = 8  # chunks that are read and not yet checked
-# Fewer bytes are read before anyone wonders.
-_WORTH_REPORTING = 1 << 30
-# The bits, without the sign, of the first number that rounds to infinity in float16: 65520; in bfloat16 65536.
-_BEYOND_FP16 = {Precision.FP32: 0x477FF000, Precision.BF16: 0x4780}
+_ANNOUNCED_BYTES = 1 << 30  # weights of more bytes take seconds to read: on_step is told
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def check_weights(bundle: Bundle, on_step: OnStep = no_step) -> dict[str, Any]:
         if known is None or known.length < span.length:
             tensors[shard][span.offset] = span
     total = sum(bundle.weight_sizes.values())
-    if total > _WORTH_REPORTING:
+    if total > _ANNOUNCED_BYTES:
         on_step(f"checking {size_text(total)} of weights")
     found = {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -85,7 +82,7 @@ def _floats(bundle: Bundle) -> Iterator[tuple[_Span, str]]:
 
 
 def _check_file(file: Path, spans: list[_Span], bundle: Bundle, pool: ThreadPoolExecutor) -> str:
-    """Hash a file while other threads look at its floats."""
+    """Hash a file while other threads check its floats."""
     digest, half = sha256(), bundle.precision == Precision.FP16
     waiting: deque[tuple[_Span, Future[tuple[str, str] | None]]] = deque()
     with file.open("rb", buffering=0) as stream:
@@ -142,6 +139,6 @@ def _problem(data: bytes, dtype: Precision, half: bool) -> tuple[str, str] | Non
     largest = (values & (np.iinfo(exponent.dtype).max >> 1)).max(initial=0)
     if largest >= exponent:
         return "values that are not finite numbers", NO_NUMBERS
-    if half and largest >= _BEYOND_FP16.get(dtype, exponent):
+    if half and largest >= dtype.fp16_overflow:
         return "values that float16 cannot hold", "Export with --precision bf16 or fp32."
     return None
