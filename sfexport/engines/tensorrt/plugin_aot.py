@@ -3,11 +3,16 @@
 No `from __future__ import annotations` here: TensorRT reads the annotations of the described functions as objects.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sfexport.engines.tensorrt.plugin_operations import KernelSource, Operation, dtype_name
 from sfexport.errors import SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_NAMESPACE, SPLIT, PluginSettings
+
+if TYPE_CHECKING:
+    # Annotations that TensorRT reads: classes of the installed version, known when `register` is called.
+    tensor: TypeAlias = Any
+    compiled: TypeAlias = Any
 
 
 def register(trt: Any, operation: Operation, source: KernelSource) -> None:
@@ -25,7 +30,8 @@ def register(trt: Any, operation: Operation, source: KernelSource) -> None:
 
 
 def _split(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> tuple[Any, Any]:
-    tensor, compiled = quick.TensorDesc, _compiled(quick)
+    if not TYPE_CHECKING:
+        tensor, compiled = quick.TensorDesc, _compiled(quick)
 
     def describe(
         query: tensor,
@@ -61,7 +67,8 @@ def _split(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> 
 
 
 def _combine(trt: Any, quick: Any, operation: Operation, source: KernelSource) -> tuple[Any, Any]:
-    tensor, compiled = quick.TensorDesc, _compiled(quick)
+    if not TYPE_CHECKING:
+        tensor, compiled = quick.TensorDesc, _compiled(quick)
 
     def describe(
         query: tensor,

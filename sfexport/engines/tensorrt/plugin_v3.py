@@ -22,7 +22,6 @@ from sfexport.kernels.launch_config import Integers
 SETTINGS = tuple(field.name for field in fields(PluginSettings))
 DTYPE = "dtype"  # place in PRECISIONS; only an engine's nodes have it
 
-
 # TensorRT's registry keeps bare pointers.
 _creators: dict[str, Any] = {}
 
@@ -167,11 +166,12 @@ class _Plugin:
 
 def _plugin_class(trt: Any) -> type[_Plugin]:
     """Return the class of nodes that this TensorRT takes."""
-    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
-    class CrossAttentionPlugin(_Plugin, *bases):  # type: ignore[misc]
+    class CrossAttentionPlugin(
+        _Plugin, trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+    ):
         def __init__(self, *arguments: Any) -> None:
-            for base in bases:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             _Plugin.__init__(self, *arguments)
 
