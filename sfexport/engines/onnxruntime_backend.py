@@ -71,7 +71,7 @@ def check_precision(precision: str) -> None:
 def open_session(graph: Path, weights_directory: Path) -> Any:
     """A session on a graph whose external data lies in `weights_directory`.
 
-    The graph is handed over as bytes: read by path, ONNX Runtime would only look beside the file.
+    The graph is handed over as bytes: read by path, ONNX Runtime would search the file's own directory only.
 
     Raises:
         SfexportError: ONNX Runtime refuses the graph or its weights.
@@ -130,7 +130,7 @@ class OnnxRuntimeBackend(Backend):
         self._present_names = names.present_names(config)
         types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
         precision = Precision.from_onnxruntime(types[names.EMBEDS])
-        assert precision is not None, "open_session has refused graphs whose embeddings are no floats"
+        assert precision is not None, "sfexport gives every decoder embeddings in a Precision"
         self._dtype = precision.numpy
         self._empty = self._float(np.zeros((1, config.text.num_kv_heads, 0, config.text.head_dim)))
 

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation: Triton kernel -> PTX for a given GPU, on a machine without one.
 
 Triton's own launcher passes two more pointers than the kernel declares (global and profile scratch); ours are of
-size 0 and unused, so they are taken out of the PTX for launchers that know nothing of them.
+size 0 and unused, so they are removed from the PTX for launchers that do not pass them.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def find_ptxas(sm: int) -> str | None:
 
 
 def assemble(kernel: Kernel, ptxas: str) -> Resources:
-    """Assemble for the kernel's GPU and read the report.
+    """Assemble for the kernel's GPU and read its resources from what ptxas prints.
 
     Raises:
         SfexportError: ptxas refuses the PTX.

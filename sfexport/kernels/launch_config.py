@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sfexport.dtypes import PRECISIONS
+from sfexport.dtypes import PRECISIONS, Precision
 from sfexport.errors import InputError
 
 HEAD_DIMS = (32, 64, 128)
@@ -52,10 +52,10 @@ def tiles_for(dtype: str, head_dim: int, sm: int) -> Tiles:
         raise InputError(f"The cross-attention kernel is made for heads of {sizes} elements, not {head_dim}.")
     if sm not in SMS:
         raise InputError(f"The cross-attention kernel is not compiled for SM {sm / 10:.1f}.")
-    if dtype == "fp32":
+    if dtype == Precision.FP32:
         return Tiles(16, 16, 4, 3) if sm >= 100 else Tiles(32, 16, 8, 2)
     if sm in (100, 110):
-        # 64 rows would bring in tensor memory, which nobody here has run yet; 32 stay with the older instructions.
+        # 64-row tiles use tensor memory: untested. 32-row tiles use the older instructions.
         return Tiles(32, 32, 4, 3)
     return Tiles(64, 16, 4, 3) if sm == 90 else Tiles(64, 32, 4, 2)
 

@@ -1,4 +1,4 @@
-"""Compiled kernels in a directory: made on one machine, taken to another that has no Triton."""
+"""Compiled kernels in a directory: made on one machine, used on another that has no Triton."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.dtypes import Precision
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
@@ -91,7 +92,7 @@ def build_tensorrt(
     weights_read = check_weights(bundle, on_step)
     kind, kernels = _prepare_plugin(trt, bundle, gpu, options, on_step)
     timings = timing_cache_file(gpu.name, trt.__version__)
-    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != "fp32")
+    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != Precision.FP32)
     for name in GRAPHS:
         on_step(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
         graph = _graph_to_build(bundle, name, kind, gpu, directory)

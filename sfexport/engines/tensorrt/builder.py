@@ -19,9 +19,9 @@ import onnx
 
 from sfexport.artifacts.atomic import write_bytes
 from sfexport.engines.profiles import Profile
-from sfexport.engines.tensorrt.library import Log, make_logger
+from sfexport.engines.tensorrt.library import make_logger
 from sfexport.errors import SfexportError
-from sfexport.progress import OnProgress, no_progress
+from sfexport.progress import OnProgress, OnStep, no_progress, no_step
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def build_engine(
     profiles: Sequence[Profile],
     options: BuildOptions,
     on_progress: OnProgress = no_progress,
-    say: Log = lambda line: None,
+    on_step: OnStep = no_step,
 ) -> None:
     """Write the serialised engine of `graph`, whose external data lies in `weights_directory`, to `out`.
 
@@ -56,7 +56,7 @@ def build_engine(
         SfexportError: TensorRT refuses the graph or finds no implementation; with its own words.
         KeyboardInterrupt: the build was interrupted.
     """
-    logger = make_logger(trt, say)
+    logger = make_logger(trt, on_step)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -208,16 +208,16 @@ def _make_monitor(trt: Any, on_progress: OnProgress) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
-            self._report(phase_name, 0)
+            self._pass_on(phase_name, 0)
 
         def phase_finish(self, phase_name: str) -> None:
-            self._report(phase_name, self._steps.pop(phase_name, 0))
+            self._pass_on(phase_name, self._steps.pop(phase_name, 0))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self._report(phase_name, step + 1)
+            self._pass_on(phase_name, step + 1)
             return not self.interrupted
 
-        def _report(self, phase: str, done: int) -> None:
+        def _pass_on(self, phase: str, done: int) -> None:
             try:
                 on_progress(phase, done, self._steps.get(phase, done))
             except KeyboardInterrupt:

@@ -7,17 +7,16 @@ so `check_driver()` comes before either.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any
 
 from sfexport.errors import MissingDependency, SfexportError
+from sfexport.progress import OnStep
 from sfexport.versions import OLDEST, OLDEST_JETPACK, is_older, version_text
 
 INSTALL = (
     "on a Jetson with sudo apt install python3-libnvinfer python3-libnvinfer-dev, in a virtual environment made with "
     "--system-site-packages; elsewhere with pip install tensorrt. `sfexport doctor` shows what is missing"
 )
-Log = Callable[[str], None]
 # TensorRT's errors after which there is no engine; each ends in a message that names its cause.
 _MOST_KEPT = 20
 
@@ -60,8 +59,8 @@ def check_driver() -> None:
     initialise()
 
 
-def make_logger(trt: Any, say: Log) -> Any:
-    """A logger that keeps errors (in `.errors`) and hands warnings to `say`; the rest is dropped."""
+def make_logger(trt: Any, on_step: OnStep) -> Any:
+    """Make a logger that keeps errors (in `.errors`) and hands warnings to `on_step`; the rest is dropped."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -72,6 +71,6 @@ def make_logger(trt: Any, say: Log) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors = [*self.errors, msg][-_MOST_KEPT:]
             elif severity == trt.ILogger.WARNING:
-                say(f"TensorRT: {msg}")
+                on_step(f"TensorRT: {msg}")
 
     return Logger()

@@ -25,7 +25,7 @@ class Scope:
         types: of values, by name.
         constants: tensors by name, of initializers and Constant nodes; None where a Constant is none.
         prefix: how the nodes' names begin.
-        weights: directory of the external data; None: external values are not looked at.
+        weights: directory of the external data; None: external values are not read.
     """
 
     types: Mapping[str, onnx.TypeProto]
@@ -73,10 +73,10 @@ def limit_problems(node: Node, limits: Mapping[str, Any], parser: str) -> Iterat
         if name and name not in node.scope.constants and node.attribute(attribute) is None:
             yield f"Its input {name!r} is computed and it has no attribute {attribute!r}; {parser} wants it then."
             break
-    for i, (least, most) in limits.get("rank", {}).items():
+    for i, (minimum, maximum) in limits.get("rank", {}).items():
         dims = node.scope.dims(inputs[int(i)])
-        if dims is not None and not least <= len(dims) <= most:
-            wants = least if least == most else f"{least} to {most}"
+        if dims is not None and not minimum <= len(dims) <= maximum:
+            wants = minimum if minimum == maximum else f"{minimum} to {maximum}"
             yield f"Its input {inputs[int(i)]!r} has rank {len(dims)}; {parser} wants {wants}."
     for kind, names in (("inputs", inputs), ("outputs", node.proto.output)):
         if any(names[limits.get(kind, len(names)) :]):

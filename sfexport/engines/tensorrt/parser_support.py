@@ -116,10 +116,10 @@ def check_graph(
     Args:
         model: loaded without its external data.
         name: what to call the graph in the gaps.
-        plugins: (domain, op_type) of nodes that plugins compute: only their attributes are looked at, and the
+        plugins: (domain, op_type) of nodes that plugins compute: only their attributes are checked, and the
             function of that name is not. Where onnx cannot tell the type of such a node's output (no function, no
-            value_info), it is taken to be that of its first input.
-        weights: directory of the model's external data, of which scales are read; None: they are not looked at.
+            value_info), its first input's is assumed.
+        weights: directory of the model's external data, of which scales are read; None: they are not read.
     """
     return _Checker(model, name, support, plugins, weights).check()
 
@@ -303,7 +303,7 @@ class _Checker:
         return onnx.inliner.inline_selected_functions(call, sorted(self._plugins), exclude=True)
 
     def _check_types(self, node: Node) -> None:
-        """Reports the first input or output of a wrong type only: the others follow from it."""
+        """Add a gap for the first input or output of a wrong type only: the others follow from it."""
         allowed = self._support.operators[node.proto.op_type]
         others = self._support.tensors | allowed
         if node.proto.op_type in QUANTIZING:
