@@ -117,7 +117,8 @@ class Decoder:
 
         positions = embeds.shape[1]
         attends = np.full(positions, slow is not None)
-        return self._backend.decode(DecoderStep(embeds, past.length if past else 0, attends, past, slow))[1]
+        _, new = self._backend.decode(DecoderStep(embeds, attends, past, slow=slow))
+        return self._backend.join([past, new]) if past else new
 
 
 def _pieces(positions: int) -> list[int]:

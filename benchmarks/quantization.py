@@ -80,17 +80,20 @@ class Decoder:
         slow = rng.standard_normal((*SLOW, text.hidden_size), dtype=np.float32)
         self.slow = self.backend.compress(slow)[1]
         self.ids = rng.integers(0, text.vocab_size, PREFILL + STEPS)
-        self.past, self.length = None, 0
+        self.prefix, self.cache = None, None
 
     def feed(self, ids: Any) -> np.ndarray:
-        """Logits after some more tokens, all of which attend to the slow tokens."""
+        """Logits after some more tokens, all of which attend to the slow tokens. The first ones are the prefix."""
         from sfexport.engines.interface import DecoderStep
 
         attends = np.ones(len(ids), dtype=bool)
-        step = DecoderStep(self.embed(ids)[None], self.length, attends, self.past, self.slow)
-        logits, self.past = self.backend.decode(step)
-        self.length += len(ids)
-        return logits
+        step = DecoderStep(self.embed(ids)[None], attends, self.prefix, self.cache, self.slow)
+        logits, new = self.backend.decode(step)
+        if self.prefix is None:
+            self.prefix, self.cache = new, self.backend.new_cache(1, self.backend.capacity_for(STEPS + TIMED + 4))
+        else:
+            self.cache.append(new)
+        return logits[0]
 
 
 def logits(bundle: str, out: str) -> dict[str, Any]:

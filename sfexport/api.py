@@ -14,7 +14,7 @@ from sfexport.values import as_output, as_path
 if TYPE_CHECKING:
     from sfexport.artifacts.bundle import Bundle
     from sfexport.artifacts.engines import Engines
-    from sfexport.comparing.run import ParityReport
+    from sfexport.comparing.parity_report import ParityReport
     from sfexport.doctor.diagnosis import Diagnosis
     from sfexport.engines.tensorrt.build import TensorRTOptions
     from sfexport.engines.tensorrt.preflight import Readiness
@@ -77,6 +77,7 @@ def build(
     frames: int | None = None,
     max_question_tokens: int | None = None,
     max_new_tokens: int | None = None,
+    max_batch: int | None = None,
     kernels: str | Path | None = None,
     optimization_level: int | None = None,
     force: bool = False,
@@ -98,6 +99,7 @@ def build(
         frames: largest number of frames of a video (TensorRT); default the bundle's.
         max_question_tokens: largest number of text tokens of a prompt (TensorRT); default 512.
         max_new_tokens: largest number of tokens of an answer (TensorRT); default 256.
+        max_batch: largest number of questions that are decoded together (TensorRT); default 8.
         kernels: directory of compiled kernels that `check_build` wrote (TensorRT without Triton).
         optimization_level: TensorRT's, 0 (builds fastest) to 5 (runs fastest); default TensorRT's own.
         force: build even if the weights do not seem to fit into memory.
@@ -110,20 +112,19 @@ def build(
         InputError: an option has no meaning, the bundle differs from what is asked for, or the output is taken.
         SfexportError: the runtime refuses a graph, the weights do not fit into memory, or there is no GPU.
     """
-    from sfexport.engines.build import build as build_engines
-    from sfexport.engines.build import check_backend, choose_backend
+    from sfexport.engines import build as building
     from sfexport.exporting.open_or_export import open_or_export
 
     source = as_path(source, "The source")
     options = _tensorrt_options(
-        target, jetpack, frames, max_question_tokens, max_new_tokens, kernels, optimization_level
+        target, jetpack, frames, max_question_tokens, max_new_tokens, max_batch, kernels, optimization_level
     )
-    backend = choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
-    check_backend(backend, precision, options)
+    backend = building.choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
+    building.check_backend(backend, precision, options)
     bundle_path, output = _outputs(source, output, backend, target)
     request = _export_request(backend, options, precision, quantize)
     bundle = open_or_export(source, bundle_path, output, request, on_step=on_step)
-    return build_engines(bundle, output, backend, on_step, force, options, on_progress)
+    return building.build(bundle, output, backend, on_step, force, options, on_progress)
 
 
 def check_build(
@@ -137,6 +138,7 @@ def check_build(
     frames: int | None = None,
     max_question_tokens: int | None = None,
     max_new_tokens: int | None = None,
+    max_batch: int | None = None,
     kernels: str | Path | None = None,
     optimization_level: int | None = None,
     on_step: OnStep = no_step,
@@ -163,7 +165,7 @@ def check_build(
     source = as_path(source, "The source")
     output = None if output is None else as_output(output)
     options = _tensorrt_options(
-        target, jetpack, frames, max_question_tokens, max_new_tokens, kernels, optimization_level
+        target, jetpack, frames, max_question_tokens, max_new_tokens, max_batch, kernels, optimization_level
     )
     if options.target is None:
         raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
@@ -285,6 +287,7 @@ def _tensorrt_options(
     frames: int | None,
     max_question_tokens: int | None,
     max_new_tokens: int | None,
+    max_batch: int | None,
     kernels: str | Path | None,
     optimization_level: int | None,
 ) -> TensorRTOptions:
@@ -299,6 +302,7 @@ def _tensorrt_options(
         frames=frames,
         question_tokens=max_question_tokens,
         new_tokens=max_new_tokens,
+        rows=max_batch,
         kernels=None if kernels is None else as_path(kernels, "The directory of kernels"),
         optimization_level=optimization_level,
     )

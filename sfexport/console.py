@@ -82,6 +82,39 @@ def _plain_progress(verb: str) -> Callable[[int, int], None]:
 
 
 @contextlib.contextmanager
+def answers(questions: Sequence[str], shown: bool) -> Iterator[Callable[[int, str], None] | None]:
+    """Show answers in the order of their questions while they are generated.
+
+    Yields a function to call with a question's index and pieces of its answer, an empty one at the answer's end; None
+    if nothing is to be shown.
+    """
+    if not shown:
+        yield None
+        return
+    waiting, ended, current = [""] * len(questions), [False] * len(questions), 0
+
+    def begin() -> None:
+        result(f"Q: {questions[current]}\nA: ", end="")
+        raw(waiting[current])
+
+    def show(index: int, text: str) -> None:
+        nonlocal current
+        ended[index] = not text
+        if index == current:
+            raw(text)
+        else:
+            waiting[index] += text
+        while current < len(questions) and ended[current]:
+            result()
+            current += 1
+            if current < len(questions):
+                begin()
+
+    begin()
+    yield show
+
+
+@contextlib.contextmanager
 def build_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress over a build's phases, which may be nested; yields a function to call with (phase, done, total)."""
     if not sys.stderr.isatty():

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 from golden_data import ROOT, Golden, directories, goldens
 from sessions import model_session
+from text_cache import TextCache
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import cell_weights, frame_weights, source_frames
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.exporting.export import ExportOptions, export
-from sfexport.graphs.names import hidden_name, past_names, present_names, slow_names
+from sfexport.graphs.names import hidden_name, slow_names
 
 ATOL = 1e-4
 STEPS = 8
@@ -218,16 +219,11 @@ class Graphs:
             feeds["cell_weights"] = cell_weights(slow.shape[1], fast.spatial_stride)
         return self.run(self.compressor, feeds)
 
-    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
-        text = self.config.text
-        shape = (batch, text.num_kv_heads, 0, text.head_dim)
-        return {name: np.zeros(shape, np.float32) for name in past_names(self.config)}
-
-    def decode(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Outputs, and the next call's past."""
-        out = self.run(self.decoder, feeds)
-        pairs = zip(past_names(self.config), present_names(self.config), strict=True)
-        return out, {past: out[present] for past, present in pairs}
+    def decode(self, feeds: dict[str, np.ndarray], cache: TextCache) -> dict[str, np.ndarray]:
+        """Outputs; the new K/V of positions that are no padding go into the cache."""
+        out = self.run(self.decoder, feeds | cache.feeds())
+        cache.append(out, feeds["attention_mask"])
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -302,13 +298,12 @@ class Batch:
             text &= (np.cumsum(visual, axis=1) > 0) | ~visual.any(1, keepdims=True)
         return text
 
-    def feeds(self, past: dict[str, np.ndarray], where: slice, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Decoder inputs for positions `where` of every row; `mask` covers past and these."""
+    def feeds(self, where: slice) -> dict[str, np.ndarray]:
+        """Decoder inputs for positions `where` of every row, without the text K/V."""
         feeds = {
             "inputs_embeds": self.embeds[:, where],
             "position_ids": self.positions[:, where],
-            "attention_mask": mask,
-            **past,
+            "attention_mask": self.golden.valid[:, where],
         }
         return feeds | self.slow_feeds(self.attends[:, where])
 
@@ -346,7 +341,7 @@ def test_onnx_prefill(golden: Golden, load_graphs: Callable) -> None:
     graphs, want, valid = load_graphs(golden), golden.outputs, golden.valid
     batch = Batch(golden, graphs)
     assert_close("inputs_embeds", batch.embeds, want["inputs_embeds"], valid)
-    out, _ = graphs.decode(batch.feeds(graphs.empty_past(golden.rows), slice(None), valid))
+    out = graphs.decode(batch.feeds(slice(None)), TextCache(graphs.config, golden.rows))
     last = valid[:, -1]
     if last.any():
         assert_close("logits", out["logits"][last], want["prefill_logits"][last, -1])
@@ -365,10 +360,9 @@ def test_onnx_logits_of_every_position_through_the_cache(golden: Golden, load_gr
     """One position at a time: each step's logits and the K/V handed on must be right."""
     graphs, want, valid = load_graphs(golden), golden.outputs, golden.valid
     batch = Batch(golden, graphs)
-    past, logits = graphs.empty_past(golden.rows), []
+    cache, logits = TextCache(graphs.config, golden.rows), []
     for s in range(valid.shape[1]):
-        out, past = graphs.decode(batch.feeds(past, slice(s, s + 1), valid[:, : s + 1]))
-        logits.append(out["logits"])
+        logits.append(graphs.decode(batch.feeds(slice(s, s + 1)), cache)["logits"])
     assert_close("logits", np.stack(logits, axis=1), want["prefill_logits"], valid)
 
 
@@ -383,19 +377,18 @@ def test_onnx_decode(golden: Golden, mode: str, load_graphs: Callable) -> None:
         "teacher": (None, "xattn_teacher_logits"),
     }[mode]
     batch = Batch(golden, graphs)
-    out, past = graphs.decode(batch.feeds(graphs.empty_past(golden.rows), slice(None), valid))
-    ids, logits, mask = [out["logits"].argmax(-1)], [], valid
+    cache = TextCache(graphs.config, golden.rows)
+    out = graphs.decode(batch.feeds(slice(None)), cache)
+    ids, logits, positions = [out["logits"].argmax(-1)], [], valid.sum(1, keepdims=True)
     for step in range(STEPS):
         token = want["greedy_ids"][:, step] if mode == "teacher" else ids[-1]
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
         feeds = {
             "inputs_embeds": graphs.embed(token)[:, None],
-            "position_ids": mask.sum(1, keepdims=True) - 1,
-            "attention_mask": mask,
-            **past,
+            "position_ids": positions + step,
+            "attention_mask": np.ones((golden.rows, 1), dtype=bool),
             **batch.slow_feeds(np.full((golden.rows, 1), mode != "released")),
         }
-        out, past = graphs.decode(feeds)
+        out = graphs.decode(feeds, cache)
         logits.append(out["logits"])
         ids.append(out["logits"].argmax(-1))
     if ids_key:

@@ -10,7 +10,8 @@ from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import GATING_TYPES
 from sfexport.checkpoint.vision_tower import ConvNextTower, Tower, VitTower
 from sfexport.comparing.compare import Tolerance
-from sfexport.comparing.run import ParityReport, run_parity
+from sfexport.comparing.parity_report import ParityReport
+from sfexport.comparing.run import run_parity
 from sfexport.engines.build import build
 from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline

@@ -15,7 +15,7 @@ from sfexport.artifacts.manifest_fields import AGAIN, damaged, read_manifest
 from sfexport.artifacts.ownership import DROPPINGS
 from sfexport.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3  # 3: the decoder takes a shared prefix and a cache of fixed capacity
 BUNDLE_FILE, ENGINE_FILE = "sfexport.json", "engine.json"
 # Files that some reader would take for a part of a bundle, if they lay in one.
 _READ_BY_SUFFIX = (

@@ -40,6 +40,7 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 )
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens with this mass only.")
 @click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
+@click.option("--batch", type=int, help="Questions that are decoded together.  [default: 8, or what the engines take]")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="A further token that ends the answer; may be repeated.")
 @click.option(
@@ -57,6 +58,7 @@ def ask(
     sampling: str,
     stop: tuple[str, ...],
     control_tokens: bool,
+    batch: int | None,
     as_json: bool,
     **generation: Any,
 ) -> None:
@@ -70,13 +72,8 @@ def ask(
     options = options.override(stop_ids=options.stop_ids | stops)
     with console.frames_progress("encoding") as on_frames:
         session = pipeline.encode(video, frames, sampling, questions, on_frames, control_tokens=control_tokens)
-    answers = []
-    for question in questions:
-        if not as_json:
-            console.result(f"Q: {question}\nA: ", end="")
-        answers.append(session.ask(question, options, mode, None if as_json else console.raw, control_tokens))
-        if not as_json:
-            console.result()
+    with console.answers(questions, shown=not as_json) as on_text:
+        answers = session.ask_many(questions, options, mode, on_text, control_tokens, batch=batch)
     if as_json:
         console.document(
             {

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 @click.option("--frames", type=int, help="Maximum frames of a video (TensorRT).  [default: the bundle's]")
 @click.option("--max-question-tokens", type=int, help="Maximum text tokens of a prompt (TensorRT).  [default: 512]")
 @click.option("--max-new-tokens", type=int, help="Maximum tokens of an answer (TensorRT).  [default: 256]")
+@click.option("--max-batch", type=int, help="Maximum questions decoded together (TensorRT).  [default: 8]")
 @click.option("--kernels", type=DIRECTORY, help="Kernels compiled by --check elsewhere (TensorRT without Triton).")
 @click.option(
     "--optimization-level",

@@ -15,7 +15,8 @@ import numpy as np
 from sfexport.checkpoint.config import DecodeMode
 from sfexport.checkpoint.image_processor import ImageProcessorConfig
 from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
-from sfexport.comparing.run import AnswerPair, ParityReport, encode_chunks, prompt_inputs
+from sfexport.comparing.parity_report import AnswerPair, ParityReport
+from sfexport.comparing.run import encode_chunks, prompt_inputs
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.video_session import VideoSession
@@ -134,8 +135,8 @@ def _run(
     if slow is not None:
         outputs |= _named("compressor", "slow_key_values.{}.{}", backend.to_numpy(slow))
     embeds, attends = prompt_inputs(pipeline, fast, source.question)
-    prefill = backend.decode(DecoderStep(embeds[None], 0, attends, None, slow))
-    outputs["decoder", "prefill logits"] = prefill[0]
+    prefill = backend.decode(DecoderStep(embeds[None], attends, slow=slow))
+    outputs["decoder", "prefill logits"] = prefill[0][0]
     outputs |= _named("decoder", "layer {} {}", backend.to_numpy(prefill[1]))
     for mode in DecodeMode:
         fed = tokens.setdefault(mode, [])
@@ -159,13 +160,15 @@ def _decode(
     steps: int,
 ) -> np.ndarray:
     """Return the logits [steps, V] of decode steps fed `tokens`; greedy tokens are added if there are too few."""
-    (logits, past), rows = prefill, []
+    (logits, prefix), rows = prefill, []
+    cache = backend.new_cache(1, backend.capacity_for(steps))
     for i in range(steps):
         if i == len(tokens):
-            tokens.append(int(logits[: pipeline.tokenizer.vocabulary_size].argmax()))
+            tokens.append(int(logits[0, : pipeline.tokenizer.vocabulary_size].argmax()))
         embeds = pipeline.embedding([tokens[i]])[None]
-        logits, past = backend.decode(DecoderStep(embeds, past.length, np.array([slow is not None]), past, slow))
-        rows.append(logits)
+        logits, new = backend.decode(DecoderStep(embeds, np.array([slow is not None]), prefix, cache, slow))
+        cache.append(new)
+        rows.append(logits[0])
     return np.stack(rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sfexport import console
 from sfexport.comparing.compare import Comparison
-from sfexport.comparing.run import ParityReport
+from sfexport.comparing.parity_report import ParityReport
 
 
 def show(report: ParityReport) -> None:

@@ -6,15 +6,15 @@ each side uses its own outputs, from the pixels to the tokens.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sfexport.checkpoint.config import Attending, DecodeMode
 from sfexport.comparing.compare import Comparison, Tolerance, compare, worst
-from sfexport.engines.interface import VISION_CHUNK, Backend, DecoderStep, KeyValues
+from sfexport.comparing.parity_report import AnswerPair, ParityReport
+from sfexport.engines.interface import VISION_CHUNK, Backend, Cache, DecoderStep, KeyValues
 from sfexport.engines.torch_backend import TorchBackend
 from sfexport.exporting.dequantize import rounded_matrices
 from sfexport.progress import OnStep, no_step
@@ -23,73 +23,6 @@ from sfexport.qa.video_session import VideoSession
 from sfexport.values import whole_number
 
 DEFAULT_QUESTION = "What happens in the video?"
-
-
-@dataclass(frozen=True)
-class AnswerPair:
-    """One question's greedy answers by the engines and by PyTorch.
-
-    Attributes:
-        engine: the engines' answer.
-        torch: PyTorch's answer.
-        tokens: number of tokens in PyTorch's answer.
-        equal_tokens: number of tokens before the first that differs.
-        passed: the tokens are the same, or the same up to a tie.
-        tie: by how much PyTorch's logit of its own first differing token exceeds that of the engines' token, if two
-            logits may be off by so much within the tolerance; tokens after a tie are not comparable. Else None.
-    """
-
-    mode: str
-    question: str
-    engine: str
-    torch: str
-    tokens: int
-    equal_tokens: int
-    passed: bool
-    tie: float | None = None
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The comparisons of engines with PyTorch, which gets the engines' rounded weights where they are rounded.
-
-    Attributes:
-        backend: name of the engines' backend.
-        frames: number of frames of the video.
-        rounding: PyTorch's prefill logits with rounded weights, compared with those with the checkpoint's own; says
-            what rounding costs, not whether the engines are right.
-        oracle: the reference that the engines were compared with, as shown to people.
-        checkpoint: directory that PyTorch's weights were read from.
-        is_copy: the weights are the bundle's own copy, since the checkpoint that was exported is gone.
-    """
-
-    backend: str
-    tolerance: Tolerance
-    frames: int
-    comparisons: list[Comparison]
-    answers: list[AnswerPair]
-    rounding: Comparison | None = None
-    oracle: str = "PyTorch"
-    checkpoint: str | None = None
-    is_copy: bool = False
-
-    @property
-    def passed(self) -> bool:
-        return all(c.passed for c in self.comparisons) and all(a.passed for a in self.answers)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "backend": self.backend,
-            "oracle": self.oracle,
-            "checkpoint": self.checkpoint,
-            "is_copy": self.is_copy,
-            "frames": self.frames,
-            "tolerance": {**asdict(self.tolerance), "rule": str(self.tolerance)},
-            "comparisons": [c.to_json() for c in self.comparisons],
-            "answers": [asdict(a) for a in self.answers],
-            "rounding": None if self.rounding is None else self.rounding.to_json(),
-        }
 
 
 def run_parity(
@@ -164,10 +97,10 @@ def _round(
 ) -> Comparison:
     """Give PyTorch the engines' rounded weights, and compare its logits with those before."""
     embeds, attends = prompt_inputs(pipeline, fast, question)
-    step = DecoderStep(embeds[None], 0, attends, None, slow)
+    step = DecoderStep(embeds[None], attends, slow=slow)
     exact, _ = oracle.decode(step)
     oracle.use_rounded(rounded_matrices(pipeline.bundle))
-    return compare("decoder", "prefill logits", oracle.decode(step)[0], exact, tolerance)
+    return compare("decoder", "prefill logits", oracle.decode(step)[0][0], exact[0], tolerance)
 
 
 def tolerance_for(pipeline: Pipeline, atol: float | None = None, rtol: float | None = None) -> Tolerance:
@@ -230,8 +163,8 @@ def _compare_decoder(
     if engine.name == oracle.name:
         slow_of = {oracle.name: slow}
     embeds, attends = prompt_inputs(pipeline, fast, question)
-    prefill = [b.decode(DecoderStep(embeds[None], 0, attends, None, slow_of[b.name])) for b in sides]
-    found = [compare("decoder", "prefill logits", prefill[0][0], prefill[1][0], tolerance)]
+    prefill = [b.decode(DecoderStep(embeds[None], attends, slow=slow_of[b.name])) for b in sides]
+    found = [compare("decoder", "prefill logits", prefill[0][0][0], prefill[1][0][0], tolerance)]
     found += _compare_layers(sides, [p[1] for p in prefill], tolerance)
     for mode in DecodeMode:
         found.append(_compare_steps(pipeline, sides, prefill, slow_of, steps, mode, tolerance))
@@ -270,17 +203,19 @@ def _compare_steps(
     tolerance: Tolerance,
 ) -> Comparison:
     vocabulary = pipeline.tokenizer.vocabulary_size
-    state = list(prefill)
+    last = prefill[1][0][0]
     logits: list[list[np.ndarray]] = [[], []]
     trained = mode == DecodeMode.TRAINED
+    caches = [backend.new_cache(1, backend.capacity_for(steps)) for backend in sides]
     for _ in range(steps):
-        token = int(state[1][0][:vocabulary].argmax())
-        embeds = pipeline.embedding([token])[None]
+        embeds = pipeline.embedding([int(last[:vocabulary].argmax())])[None]
         for side, backend in enumerate(sides):
-            past = state[side][1]
             slow = slow_of[backend.name] if trained else None
-            state[side] = backend.decode(DecoderStep(embeds, past.length, np.array([trained]), past, slow))
-            logits[side].append(state[side][0])
+            step = DecoderStep(embeds, np.array([trained]), prefill[side][1], caches[side], slow)
+            found, new = backend.decode(step)
+            caches[side].append(new)
+            logits[side].append(found[0])
+        last = logits[1][-1]
     return compare("decoder", f"{mode} decode logits", np.stack(logits[0]), np.stack(logits[1]), tolerance)
 
 
@@ -308,9 +243,15 @@ class _Recorded(Backend):
         return self._backend.from_numpy(arrays)
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        logits, present = self._backend.decode(step)
-        self.logits.append(logits)
-        return logits, present
+        logits, new = self._backend.decode(step)
+        self.logits.append(logits[0])
+        return logits, new
+
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        return self._backend.join(parts)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return self._backend.new_cache(rows, capacity)
 
 
 def _answers(

@@ -22,7 +22,7 @@ from sfexport.exporting.export import ExportOptions, export
 from sfexport.qa.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from sfexport.comparing.run import ParityReport
+    from sfexport.comparing.parity_report import ParityReport
 
 CLIP = (2026, 7)  # seed and index of the demo's clip
 PARTS = ("checkpoint", "bundle", "engines", "clip.mp4")

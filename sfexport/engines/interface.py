@@ -6,6 +6,7 @@ K/V stay where the backend keeps them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,13 @@ from sfexport.graphs import names
 VISION_CHUNK = 8  # largest number of frames that one call of encode_frames gets: engines are built for it
 
 
+# Capacities of a cache: a step's attention runs over all of it, so it grows with what it holds.
+FIRST_CAPACITY = 64
+
+
 @dataclass(frozen=True)
 class KeyValues:
-    """Hold K and V per layer in a backend's own tensors, [B, kv heads, length, head_dim] each; never changed in place.
+    """Hold K and V per layer in a backend's own tensors, [rows, kv heads, length, head_dim] each; never changed.
 
     Attributes:
         tensors: key and value by layer: k0, v0, k1, v1, ...
@@ -31,43 +36,81 @@ class KeyValues:
     length: int
 
 
-@dataclass(frozen=True)
-class DecoderStep:
-    """Describe one call of the decoder: for a prompt, a piece of one, or one token.
+class Cache(ABC):
+    """Hold the K/V of several rows' own positions, [rows, kv heads, capacity, head_dim] each; changed in place.
 
     Attributes:
-        inputs_embeds: float32 [1, S, H].
-        start: position of the first embedding; equals the length of `past`.
-        slow_attends: bool [S], True for positions that query the slow tokens.
-        past: K/V of the positions before; None: there are none.
-        slow: K/V of the slow tokens; None: there are none, or no position queries them.
+        lengths: int64 [rows], number of valid positions of each row; they come first.
+        capacity: largest number of positions of a row.
+    """
+
+    lengths: np.ndarray
+    capacity: int
+
+    @abstractmethod
+    def append(self, new: KeyValues, row: int | None = None) -> None:
+        """Copy the K/V of new positions behind the valid ones.
+
+        Args:
+            new: K/V of all rows, or of the one named; each gets new.length positions, for which there must be room.
+            row: the row that `new` belongs to; None: `new` has as many rows as the cache.
+        """
+
+    @abstractmethod
+    def resize(self, rows: Sequence[int], capacity: int) -> Cache:
+        """Copy some rows into a new cache of another capacity, at least as large as their lengths."""
+
+
+@dataclass(frozen=True)
+class DecoderStep:
+    """Describe one call of the decoder: for a prompt, a piece of one, or one token of each of several rows.
+
+    Attributes:
+        inputs_embeds: float32 [rows, S, H].
+        slow_attends: bool [S], True for positions that query the slow tokens, in every row.
+        prefix: K/V of one row that come before, shared by all rows; None: there are none.
+        cache: K/V of the rows' own positions between the prefix and this step; None: there are none. Not changed.
+        slow: K/V of the slow tokens of one video; None: there are none, or no position queries them.
     """
 
     inputs_embeds: np.ndarray
-    start: int
     slow_attends: np.ndarray
-    past: KeyValues | None = None
+    prefix: KeyValues | None = None
+    cache: Cache | None = None
     slow: KeyValues | None = None
 
     @property
-    def end(self) -> int:
-        """Number of positions after the step."""
-        return self.start + int(self.inputs_embeds.shape[1])
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.inputs_embeds)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows], numbers of valid positions in the cache."""
+        return np.zeros(self.rows, dtype=np.int64) if self.cache is None else self.cache.lengths
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 [rows, S], the positions of the embeddings."""
+        start = self.lengths + (self.prefix.length if self.prefix else 0)
+        return start[:, None] + np.arange(self.inputs_embeds.shape[1], dtype=np.int64)
 
 
 def decoder_feeds(step: DecoderStep, config: ModelConfig) -> dict[str, np.ndarray]:
     """Return the decoder graph's inputs by name, without the K/V, which are in the backend's own memory.
 
-    float32 inputs_embeds [1, S, H], int64 position_ids [1, S], bool attention_mask [1, start + S]; with hybrid layers
-    also bool slow_attends [1, S] and int64 slow_lengths [1].
+    float32 inputs_embeds [rows, S, H], int64 position_ids [rows, S], bool attention_mask [rows, S], int64 past_lengths
+    [rows]; with hybrid layers also bool slow_attends [rows, S] and int64 slow_lengths [1].
     """
+    shape = step.inputs_embeds.shape[:2]
     feeds = {
         names.EMBEDS: step.inputs_embeds,
-        names.POSITIONS: np.arange(step.start, step.end, dtype=np.int64)[None],
-        names.MASK: np.ones((1, step.end), dtype=bool),
+        names.POSITIONS: step.positions,
+        names.MASK: np.ones(shape, dtype=bool),
+        names.PAST_LENGTHS: step.lengths,
     }
     if config.slow_fast.hybrid_layers:
-        feeds[names.SLOW_ATTENDS] = step.slow_attends[None]
+        feeds[names.SLOW_ATTENDS] = np.broadcast_to(step.slow_attends, shape)
         feeds[names.SLOW_LENGTHS] = np.array([step.slow.length if step.slow else 0], dtype=np.int64)
     return feeds
 
@@ -82,10 +125,11 @@ def compressor_feeds(slow_tokens: np.ndarray, fast: FastPathConfig) -> dict[str,
 
 
 class Backend(ABC):
-    """Run the three graphs of one model. The batch is 1: a session is one video."""
+    """Run the three graphs of one model. A call is about one video; the decoder takes several rows about it."""
 
     name: str
     config: ModelConfig
+    max_rows: int | None = None  # rows that the decoder takes; None: any number
 
     @abstractmethod
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
@@ -103,7 +147,26 @@ class Backend(ABC):
 
     @abstractmethod
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        """Return the last position's logits, float32 [V], and the K/V with the step's positions added."""
+        """Return the last position's logits, float32 [rows, V], and the K/V of the step's own positions."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        """Make one K/V of those of consecutive pieces of a row."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """Make an empty cache."""
+
+    def capacity_for(self, length: int) -> int:
+        """Return the capacity of a cache for `length` positions: the next of 64, 128, 256, ...
+
+        Raises:
+            InputError: the engines are built for fewer positions.
+        """
+        capacity = FIRST_CAPACITY
+        while capacity < length:
+            capacity *= 2
+        return capacity
 
     @abstractmethod
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:

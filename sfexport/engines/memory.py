@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 
 from sfexport.artifacts.bundle import Bundle
@@ -19,13 +20,12 @@ from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
 from sfexport.graphs.initializers import external_to_inputs
-from sfexport.graphs.names import MASK
 from sfexport.printable import sizes_text
 
 # The CUDA context, TensorRT's own code and its kernels.
 RUNTIME_OVERHEAD = 600 << 20
-# A session's text K/V: the video's prefix, the step before and the step being made.
-KEY_VALUE_SETS = 3
+# A session's text K/V: the video's prefix, each row's own positions, and those of the step being made.
+TEXT_KEY_VALUES = ("prefix_key_values.", "past_key_values.", "new_key_values.")
 # Copies of a graph's weights while it is built. On the host the parser's, unless it reads the mapped file, and the
 # serialised engine; on the GPU the builder's.
 HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
@@ -71,7 +71,7 @@ def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], m
     width = Precision(bundle.precision).nbytes
     graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
-    text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("present.")) * width * KEY_VALUE_SETS
+    text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith(TEXT_KEY_VALUES)) * width
     slow = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
     return sum_up(graphs, text, slow, mapped_weights)
 
@@ -113,18 +113,47 @@ def _activations(model: onnx.ModelProto, profile: Profile) -> int:
 def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
     """Bytes of every value that a node makes of the inputs. Casts of weights are folded when building: not counted."""
     fixed = _with_shapes(model, profile)
+    _fold_integers(fixed)
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    # The few dimensions that even this cannot tell belong to the mask: at most the longest sequence.
-    unknown = max((t.max[-1] for t in profile.tensors if t.name == MASK), default=1)
     weights = {t.name for t in model.graph.initializer}
     folded = {o for node in model.graph.node if set(node.input) <= weights for o in node.output}
     out = {}
     for value in (*inferred.graph.value_info, *inferred.graph.output):
         kind = value.type.tensor_type
-        dims = [d.dim_value if d.HasField("dim_value") else unknown for d in kind.shape.dim]
         if value.name not in folded:
+            dims = [d.dim_value for d in kind.shape.dim]
             out[value.name] = math.prod(dims) * max(1, from_onnx(kind.elem_type).bits // 8)
     return out
+
+
+def _fold_integers(model: onnx.ModelProto) -> None:
+    """Make initializers of the integers that follow from the inputs' shapes: shape inference misses some of them."""
+    graph = model.graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    integers = (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+    known = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type in integers}
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            where = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            known[node.output[0]] = np.array(shapes[node.input[0]][where.get("start", 0) : where.get("end")], np.int64)
+        elif node.input and not node.domain and all(name in known for name in node.input):
+            known |= zip(node.output, _evaluate(node, known, model.opset_import), strict=True)
+    initializers = {t.name for t in graph.initializer}
+    computed = {name: value for name, value in known.items() if name not in initializers}
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in computed.items())
+    kept = [node for node in graph.node if not set(node.output) & computed.keys()]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _evaluate(node: onnx.NodeProto, values: Mapping[str, np.ndarray], opsets: Any) -> list[np.ndarray]:
+    from onnx.reference import ReferenceEvaluator
+
+    names, tensor = (list(node.input), list(node.output)), onnx.helper.make_tensor_value_info
+    inputs, outputs = ([tensor(name, onnx.TensorProto.UNDEFINED, None) for name in group] for group in names)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "integers", inputs, outputs), opset_imports=opsets)
+    found = ReferenceEvaluator(model).run(None, {name: values[name] for name in node.input})
+    return [np.asarray(value) for value in found]
 
 
 def _stored_bits(onnx_type: int, width: int) -> int:

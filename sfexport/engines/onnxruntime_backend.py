@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.dtypes import Precision
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
+from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs import names
 from sfexport.versions import FIRST_WEIGHTS_FOLDER, is_older
@@ -114,6 +114,33 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+class _Cache(Cache):
+    """A cache in NumPy's memory, which ONNX Runtime's CPU provider reads in place."""
+
+    def __init__(self, arrays: list[np.ndarray], lengths: np.ndarray, make_value: Callable[[np.ndarray], Any]) -> None:
+        self._arrays, self.lengths, self._make_value = arrays, lengths, make_value
+        self.capacity = arrays[0].shape[2]
+        self.values = [make_value(array) for array in arrays]
+
+    def append(self, new: KeyValues, row: int | None = None) -> None:
+        rows = range(len(self.lengths)) if row is None else [row]
+        for array, value in zip(self._arrays, new.tensors, strict=True):
+            added = value.numpy()
+            for i, at in enumerate(rows):
+                start = self.lengths[at]
+                array[at, :, start : start + new.length] = added[i]
+        self.lengths[list(rows)] += new.length
+
+    def resize(self, rows: Sequence[int], capacity: int) -> Cache:
+        kept = min(capacity, self.capacity)
+        arrays = []
+        for array in self._arrays:
+            larger = np.zeros((len(rows), array.shape[1], capacity, array.shape[3]), array.dtype)
+            larger[:, :, :kept] = array[list(rows), :, :kept]
+            arrays.append(larger)
+        return _Cache(arrays, self.lengths[list(rows)], self._make_value)
+
+
 class OnnxRuntimeBackend(Backend):
     """Args: `graphs` holds the three .onnx files, `weights_directory` the shards they point into.
 
@@ -126,8 +153,8 @@ class OnnxRuntimeBackend(Backend):
         self._ort = _library()
         self.config = config
         self._sessions = {name: open_session(graphs / f"{name}.onnx", weights_directory) for name in GRAPHS}
-        self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
-        self._present_names = names.present_names(config)
+        self._slow_names, self._new_names = names.slow_names(config), names.new_names(config)
+        self._prefix_names, self._past_names = names.prefix_names(config), names.past_names(config)
         types = {i.name: i.type for i in self._sessions["decoder"].get_inputs()}
         precision = Precision.from_onnxruntime(types[names.EMBEDS])
         assert precision is not None, "sfexport gives every decoder embeddings in a Precision"
@@ -147,12 +174,24 @@ class OnnxRuntimeBackend(Backend):
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         feeds = self._values(decoder_feeds(step, self.config))
-        feeds |= self._key_values(self._past_names, step.past) | self._key_values(self._slow_names, step.slow)
-        logits, *present = self._run("decoder", [names.LOGITS, *self._present_names], feeds)
-        return logits.numpy()[0], KeyValues(tuple(present), step.end)
+        feeds |= self._key_values(self._prefix_names, step.prefix) | self._key_values(self._slow_names, step.slow)
+        feeds |= zip(self._past_names, self._past(step), strict=True)
+        logits, *new = self._run("decoder", [names.LOGITS, *self._new_names], feeds)
+        return logits.numpy(), KeyValues(tuple(new), step.inputs_embeds.shape[1])
+
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        arrays = [[value.numpy() for value in part.tensors] for part in parts]
+        joined = [np.concatenate(pieces, axis=2) for pieces in zip(*arrays, strict=True)]
+        return KeyValues(tuple(map(self._value, joined)), sum(part.length for part in parts))
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        text = self.config.text
+        shape = (rows, text.num_kv_heads, capacity, text.head_dim)
+        return _Cache([np.zeros(shape, self._dtype) for _ in self._past_names], np.zeros(rows, np.int64), self._value)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
-        return [value.numpy() for value in tensors.tensors]
+        # Copies: of a value in NumPy's own memory, numpy() gives a view that does not keep that memory alive.
+        return [np.array(value.numpy()) for value in tensors.tensors]
 
     def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
         return KeyValues(tuple(self._float(a) for a in arrays), arrays[0].shape[2])
@@ -171,6 +210,13 @@ class OnnxRuntimeBackend(Backend):
 
     def _value(self, array: np.ndarray) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _past(self, step: DecoderStep) -> list[Any]:
+        if isinstance(step.cache, _Cache):
+            return step.cache.values
+        text = self.config.text
+        empty = self._float(np.zeros((step.rows, text.num_kv_heads, 0, text.head_dim)))
+        return [empty] * len(self._past_names)
 
     def _key_values(self, keys: Sequence[str], values: KeyValues | None) -> dict[str, Any]:
         tensors = values.tensors if values else [self._empty] * len(keys)

@@ -9,11 +9,11 @@ from typing import Any
 from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.config import FastPathConfig
 from sfexport.checkpoint.fast_path import fast_token_count, source_frames
-from sfexport.engines.interface import VISION_CHUNK
+from sfexport.engines.interface import FIRST_CAPACITY, VISION_CHUNK
 from sfexport.errors import SfexportError
 from sfexport.values import whole_number
 
-DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS = 512, 256
+DEFAULT_QUESTION_TOKENS, DEFAULT_NEW_TOKENS, DEFAULT_ROWS = 512, 256, 8
 VIDEO, PICTURE = "video", "picture"  # of the compressor: a picture's tokens are not pooled
 PREFILL, DECODE = "prefill", "decode"
 Range = tuple[int, int, int]  # min, opt, max
@@ -27,15 +27,17 @@ class Limits:
         frames: largest number of frames of a video.
         question_tokens: largest number of text tokens of a prompt (system, question, template).
         new_tokens: largest number of tokens of an answer.
+        rows: largest number of questions that are decoded together.
     """
 
     frames: int
     question_tokens: int = DEFAULT_QUESTION_TOKENS
     new_tokens: int = DEFAULT_NEW_TOKENS
+    rows: int = DEFAULT_ROWS
 
     def __post_init__(self) -> None:
         names = {"frames": self.frames, "max-question-tokens": self.question_tokens, "max-new-tokens": self.new_tokens}
-        for name, value in names.items():
+        for name, value in (names | {"max-batch": self.rows}).items():
             whole_number(value, f"--{name}")
 
 
@@ -112,12 +114,15 @@ def _compressor_ranges(fast: FastPathConfig, fewest: int, frames: int, cells: in
 
 
 def _decoder_ranges(limits: Limits, fast_tokens: int, slow: int) -> dict[str, dict[str, Range]]:
-    prompt = limits.question_tokens + fast_tokens
-    longest, last = max(fast_tokens, limits.question_tokens), prompt + limits.new_tokens - 1
-    # At each of the three sizes total is past plus sequence, as TensorRT propagates shapes there.
-    prefill = {"sequence": (1, longest, longest), "past": (0, 0, prompt), "total": (1, longest, prompt + longest)}
-    decode = {"sequence": (1, 1, 1), "past": (1, prompt, last), "total": (2, prompt + 1, last + 1)}
-    shared = {"batch": (1, 1, 1), "slow": (1, slow, slow)}
+    prefix, longest = limits.question_tokens + fast_tokens, max(fast_tokens, limits.question_tokens)
+    own = limits.question_tokens + limits.new_tokens
+    prefill = {"batch": (1, 1, 1), "sequence": (1, longest, longest), "prefix": (0, 0, prefix)}
+    # No question has K/V of its own before it; a largest size of 0 would make the tensor useless to the builder.
+    prefill["capacity"] = (0, 0, min(FIRST_CAPACITY, own))
+    # Up to two positions: with one, TensorRT stores most 16-bit weights a second time.
+    decode = {"batch": (1, 1, limits.rows), "sequence": (1, 1, 2), "prefix": (0, prefix, prefix)}
+    decode["capacity"] = (min(FIRST_CAPACITY, own), min(2 * FIRST_CAPACITY, own), own)
+    shared = {"videos": (1, 1, 1), "slow": (1, slow, slow)}
     return {PREFILL: shared | prefill, DECODE: shared | decode}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config_fields import ConfigFields
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues, decoder_feeds
+from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues
 from sfexport.errors import CheckpointError, MissingDependency
-from sfexport.graphs import names
 
 if TYPE_CHECKING:
     from sfexport.exporting.dequantize import RoundedMatrix
@@ -94,6 +93,29 @@ def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return state | {name: torch.from_numpy(matrix.weights()) for name, matrix in prequantized.items()}
 
 
+class _Cache(Cache):
+    """A cache in PyTorch's tensors, float32."""
+
+    def __init__(self, tensors: list[Any], lengths: np.ndarray) -> None:
+        self.tensors, self.lengths, self.capacity = tensors, lengths, tensors[0].shape[2]
+
+    def append(self, new: KeyValues, row: int | None = None) -> None:
+        rows = range(len(self.lengths)) if row is None else [row]
+        for tensor, added in zip(self.tensors, new.tensors, strict=True):
+            for i, at in enumerate(rows):
+                start = int(self.lengths[at])
+                tensor[at, :, start : start + new.length] = added[i]
+        self.lengths[list(rows)] += new.length
+
+    def resize(self, rows: Sequence[int], capacity: int) -> Cache:
+        kept, tensors = min(capacity, self.capacity), []
+        for tensor in self.tensors:
+            larger = tensor.new_zeros(len(rows), tensor.shape[1], capacity, tensor.shape[3])
+            larger[:, :, :kept] = tensor[list(rows), :, :kept]
+            tensors.append(larger)
+        return _Cache(tensors, self.lengths[list(rows)])
+
+
 class TorchBackend(Backend):
     """Args: `checkpoint` is the checkpoint directory."""
 
@@ -143,26 +165,56 @@ class TorchBackend(Backend):
         return fast, KeyValues(tensors, len(flat))
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
+        """Compute one row after the other, over K/V that are put together anew: plain, as a reference should be."""
+        import torch
+
+        rows = [self._decode_row(step, row) for row in range(step.rows)]
+        new = tuple(torch.cat(pieces) for pieces in zip(*(pieces for _, pieces in rows), strict=True))
+        return np.stack([logits for logits, _ in rows]), KeyValues(new, step.inputs_embeds.shape[1])
+
+    def _decode_row(self, step: DecoderStep, row: int) -> tuple[np.ndarray, tuple[Any, ...]]:
         import torch
         from transformers import DynamicCache
 
-        layers = range(self.config.text.num_layers)
-        past = step.past.tensors if step.past else ()
-        # A fresh cache each step: K/V handed out earlier (a shared prefix) must not grow.
-        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in layers] if past else None)
-        feeds = decoder_feeds(step, self.config)
+        past = self._past(step, row)
+        cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)] if past else None)
         with torch.inference_mode():
             out = self.lm(
-                inputs_embeds=torch.from_numpy(feeds[names.EMBEDS]),
-                position_ids=torch.from_numpy(feeds[names.POSITIONS]),
+                inputs_embeds=torch.from_numpy(step.inputs_embeds[row : row + 1]),
+                position_ids=torch.from_numpy(step.positions[row : row + 1]),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
                 **self._slow(step),
             )
-        cached: Any = cache.layers
-        present = tuple(x for layer in cached for x in (layer.keys, layer.values))
-        return out.logits[0, -1].float().numpy(), KeyValues(present, step.end)
+        layers: Any = cache.layers
+        count = step.inputs_embeds.shape[1]
+        new = tuple(x[:, :, -count:] for layer in layers for x in (layer.keys, layer.values))
+        return out.logits[0, -1].float().numpy(), new
+
+    def _past(self, step: DecoderStep, row: int) -> list[Any]:
+        """Put together the K/V before a row's positions; none if there are no such positions."""
+        import torch
+
+        prefix = step.prefix.tensors if step.prefix else ()
+        if not isinstance(step.cache, _Cache):
+            return list(prefix)
+        length = int(step.lengths[row])
+        own = [tensor[row : row + 1, :, :length] for tensor in step.cache.tensors]
+        return [torch.cat(pair, dim=2) for pair in zip(prefix, own, strict=True)] if prefix else own
+
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        import torch
+
+        joined = tuple(torch.cat(pieces, dim=2) for pieces in zip(*(part.tensors for part in parts), strict=True))
+        return KeyValues(joined, sum(part.length for part in parts))
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        import torch
+
+        text = self.config.text
+        shape = (rows, text.num_kv_heads, capacity, text.head_dim)
+        return _Cache([torch.zeros(shape) for _ in range(2 * text.num_layers)], np.zeros(rows, np.int64))
 
     def _slow(self, step: DecoderStep) -> dict[str, Any]:
         import torch

@@ -4,9 +4,10 @@ ONNX Runtime inlines the body, and so does a TensorRT build without the plugin. 
 (plugin_nodes.py) that has two plugin nodes in this one's place and no function.
 
 Inputs  query    [B, heads, S, d]      after RoPE, times 1/sqrt(d)
-        key      [B, kv heads, T, d]   value likewise; heads are consecutive groups of kv heads
+        key      [N, kv heads, T, d]   value likewise; heads are consecutive groups of kv heads. N is B, or 1: all rows
+                                       have the same slow tokens
         attends  bool [B, S]           positions that query the slow tokens
-        lengths  int64 [B]             slow tokens of each row; the rest of T is padding
+        lengths  int64 [N]             slow tokens; the rest of T is padding
 Output  context  [B, S, heads * d]     exactly 0 where a position does not attend or a row has no slow token
 """
 

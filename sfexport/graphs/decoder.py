@@ -2,13 +2,19 @@
 
 Inputs  inputs_embeds   [batch, sequence, H]
         position_ids    int64 [batch, sequence]
-        attention_mask  bool [batch, past + sequence]  False: padding
-        past_key_values.<i>.key / .value  [batch, kv heads, past, head_dim], keys after RoPE; past may be 0
+        attention_mask  bool [batch, sequence]         False: padding
+        prefix_key_values.<i>.key / .value  [1, kv heads, prefix, head_dim], keys after RoPE; shared by all rows
+        past_key_values.<i>.key / .value  [batch, kv heads, capacity, head_dim]; each row's own, after the prefix
+        past_lengths    int64 [batch]                  valid positions of past_key_values; the rest is ignored
         slow_attends    bool [batch, sequence]         positions that query the slow tokens
-        slow_lengths    int64 [batch]                  slow tokens of each row (0: none)
-        slow_key_values.<k>.key / .value  [batch, kv heads, slow, head_dim]; slow may be 0
+        slow_lengths    int64 [videos]                 slow tokens of each video (0: none); videos is 1 or batch
+        slow_key_values.<k>.key / .value  [videos, kv heads, slow, head_dim]
 Outputs logits          float32 [batch, V]             of the last position
-        present.<i>.key / .value  [batch, kv heads, past + sequence, head_dim]
+        new_key_values.<i>.key / .value  [batch, kv heads, sequence, head_dim]: the step's own positions
+
+prefix, capacity and slow may be 0. A position sees the prefix, the row's valid past and the step's positions up to
+itself. The caller copies the new K/V behind the valid past; the graph copies a row's own K/V, which are few, and never
+the prefix's.
 
 A model without hybrid layers has no slow_* input. For tools that look inside, some values have fixed names:
 `hidden_states.<i+1>` leaves layer i, `hybrid_self_attn.<i>` and `hybrid_attn_out.<i>` stand before and after the
@@ -35,12 +41,14 @@ from sfexport.graphs.names import (
     EMBEDS,
     LOGITS,
     MASK,
+    PAST_LENGTHS,
     POSITIONS,
     SLOW_ATTENDS,
     SLOW_LENGTHS,
     hidden_name,
+    new_names,
     past_names,
-    present_names,
+    prefix_names,
     slow_names,
 )
 from sfexport.graphs.writer import INT4_OPSET, OPSET, GraphWriter, Shape
@@ -61,13 +69,15 @@ class _Shared:
         heads_shape: [4], of the query.
         scores_shape: [4], the query heads of a kv head in one matrix.
         by_head_shape: [5], the scores head by head.
+        prefix_length: [1], positions of the prefix.
         cos: [batch, 1, sequence, head_dim], both halves of head_dim alike.
         sin: the same shape, the first half negated.
-        bias: float32 [batch, 1, 1, sequence, past + sequence], 0 or MASKED.
-        past: K and V by layer.
+        bias: float32 [batch, 1, 1, sequence, prefix + capacity + sequence], 0 or MASKED.
+        prefix: K and V by layer, shared by all rows.
+        past: K and V by layer, each row's own.
         slow: K and V by hybrid layer.
         attends: bool [batch, sequence], positions that attend to slow tokens; None without a slow branch.
-        lengths: int64 [batch], numbers of slow tokens; None without a slow branch.
+        lengths: int64 [videos], numbers of slow tokens; None without a slow branch.
     """
 
     shape: ir.Value
@@ -76,9 +86,11 @@ class _Shared:
     heads_shape: ir.Value
     scores_shape: ir.Value
     by_head_shape: ir.Value
+    prefix_length: ir.Value
     cos: ir.Value
     sin: ir.Value
     bias: ir.Value
+    prefix: list[tuple[ir.Value, ir.Value]]
     past: list[tuple[ir.Value, ir.Value]]
     slow: dict[int, tuple[ir.Value, ir.Value]]
     attends: ir.Value | None
@@ -98,44 +110,50 @@ def build_decoder(
     embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
     shared = _write_inputs(g, config, embeds)
     x = g.reshape(embeds, -1, text.hidden_size)
-    presents = []
+    new = []
     for i in range(text.num_layers):
         with g.scope(f"layers.{i}"):
-            x, present = _write_layer(g, config, shared, x, i)
+            x, key_value = _write_layer(g, config, shared, x, i)
             x.name = hidden_name(i)
-            presents += present
+            new += key_value
     _write_head(g, config, shared, x, head_parts)
-    shape: Shape = ["batch", text.num_kv_heads, "total", text.head_dim]
-    for name, value in zip(present_names(config), presents, strict=True):
+    shape: Shape = ["batch", text.num_kv_heads, "sequence", text.head_dim]
+    for name, value in zip(new_names(config), new, strict=True):
         g.output(name, value, dtype, shape)
     return g.model([cross_attention_function(g.opset)] if config.slow_fast.hybrid_layers else [])
 
 
 def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value) -> _Shared:
     positions = g.input(POSITIONS, ir.DataType.INT64, ["batch", "sequence"])
-    mask = g.input(MASK, ir.DataType.BOOL, ["batch", "total"])
-    past = _key_value_inputs(g, config, past_names(config), "past")
-    slow = _key_value_inputs(g, config, slow_names(config), "slow")
+    mask = g.input(MASK, ir.DataType.BOOL, ["batch", "sequence"])
+    prefix = _key_value_inputs(g, config, prefix_names(config), 1, "prefix")
+    past = _key_value_inputs(g, config, past_names(config), "batch", "capacity")
+    past_lengths = g.input(PAST_LENGTHS, ir.DataType.INT64, ["batch"])
+    slow = _key_value_inputs(g, config, slow_names(config), "videos", "slow")
     attends = lengths = None
     if slow:
         attends = g.input(SLOW_ATTENDS, ir.DataType.BOOL, ["batch", "sequence"])
-        lengths = g.input(SLOW_LENGTHS, ir.DataType.INT64, ["batch"])
+        lengths = g.input(SLOW_LENGTHS, ir.DataType.INT64, ["videos"])
     with g.scope("rotary"):
         cos, sin = _write_rotary(g, config, positions)
-    with g.scope("mask"):
-        bias = _write_mask(g, embeds, mask, past[0][0])
     by_layer = dict(zip(config.slow_fast.hybrid_layers, slow, strict=True))
     with g.scope("shapes"):
-        shape, query, key, heads, scores, by_head = _write_shapes(g, config, embeds, mask)
-    return _Shared(shape, query, key, heads, scores, by_head, cos, sin, bias, past, by_layer, attends, lengths)
+        prefix_length = g.dims(prefix[0][0], 2, 3)
+        cached = g.op("Add", prefix_length, g.dims(past[0][0], 2, 3))
+        shape, query, key, heads, scores, by_head = _write_shapes(g, config, embeds, cached)
+    with g.scope("mask"):
+        bias = _write_mask(g, embeds, mask, past_lengths, prefix_length, cached)
+    rows = (shape, query, key, heads, scores, by_head)
+    return _Shared(*rows, prefix_length, cos, sin, bias, prefix, past, by_layer, attends, lengths)
 
 
-def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, mask: ir.Value) -> list[ir.Value]:
+def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, cached: ir.Value) -> list[ir.Value]:
     """Write the shapes of _Shared, in its order."""
     text = config.text
     group = text.num_heads // text.num_kv_heads
-    shape, total = g.dims(embeds, 0, 2), g.dims(mask, 1, 2)
+    shape = g.dims(embeds, 0, 2)
     batch, sequence = g.dims(embeds, 0, 1), g.dims(embeds, 1, 2)
+    total = g.op("Add", cached, sequence)
     wanted = [
         (shape, g.ints(text.num_heads, text.head_dim)),
         (shape, g.ints(text.num_kv_heads, text.head_dim)),
@@ -147,9 +165,9 @@ def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, mask: i
 
 
 def _key_value_inputs(
-    g: GraphWriter, config: ModelConfig, names: list[str], length: str
+    g: GraphWriter, config: ModelConfig, names: list[str], rows: str | int, length: str
 ) -> list[tuple[ir.Value, ir.Value]]:
-    shape: Shape = ["batch", config.text.num_kv_heads, length, config.text.head_dim]
+    shape: Shape = [rows, config.text.num_kv_heads, length, config.text.head_dim]
     values = [g.input(name, g.dtype, shape) for name in names]
     return list(zip(values[::2], values[1::2], strict=True))
 
@@ -165,15 +183,25 @@ def _write_rotary(g: GraphWriter, config: ModelConfig, positions: ir.Value) -> t
     return g.op("Concat", cos, cos, axis=-1), g.op("Concat", g.op("Neg", sin), sin, axis=-1)
 
 
-def _write_mask(g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_key: ir.Value) -> ir.Value:
-    """Write the causal and padding mask as a bias: key l is seen by query s if l <= past + s and mask[l]."""
-    past = g.op("Squeeze", g.dims(past_key, 2, 3), g.ints(0))
-    total = g.op("Add", past, g.op("Squeeze", g.dims(embeds, 1, 2), g.ints(0)))
+def _write_mask(
+    g: GraphWriter, embeds: ir.Value, mask: ir.Value, past_lengths: ir.Value, prefix: ir.Value, cached: ir.Value
+) -> ir.Value:
+    """Write the mask as a bias over the prefix, the past and the step's own positions.
+
+    Args:
+        past_lengths: int64 [batch].
+        prefix: [1], positions of the prefix.
+        cached: [1], positions of the prefix and of the past's capacity.
+    """
     zero, one = (g.constant(np.array(i, dtype=np.int64)) for i in (0, 1))
-    keys = g.op("Unsqueeze", g.op("Range", zero, total, one), g.ints(0))
-    queries = g.op("Unsqueeze", g.op("Range", past, total, one), g.ints(1))
-    causal = g.op("LessOrEqual", keys, queries)
-    allowed = g.op("And", causal, g.op("Unsqueeze", mask, g.ints(1)))
+    stored, sequence = g.op("Squeeze", cached, g.ints(0)), g.op("Squeeze", g.dims(embeds, 1, 2), g.ints(0))
+    # Places before the past are negative, which every length exceeds.
+    places = g.op("Sub", g.op("Range", zero, stored, one), prefix)
+    valid = g.op("Less", g.op("Unsqueeze", places, g.ints(0)), g.op("Unsqueeze", past_lengths, g.ints(1)))
+    seen = g.op("Unsqueeze", g.op("Concat", valid, mask, axis=1), g.ints(1))
+    keys = g.op("Unsqueeze", g.op("Range", g.op("Neg", stored), sequence, one), g.ints(0))
+    queries = g.op("Unsqueeze", g.op("Range", zero, sequence, one), g.ints(1))
+    allowed = g.op("And", g.op("LessOrEqual", keys, queries), seen)
     bias = g.op("Where", allowed, g.float32(0.0), g.float32(MASKED))
     return g.op("Unsqueeze", bias, g.ints(1, 2))
 
@@ -207,10 +235,9 @@ def _write_attention(
     query = _rotate(g, shared, project("q_proj", shared.query_shape))
     # Scaled here rather than after the product, because the cross-attention takes a scaled query too.
     query = g.op("Mul", query, g.scalar(text.head_dim**-0.5))
-    past_key, past_value = shared.past[i]
-    key = g.op("Concat", past_key, _rotate(g, shared, project("k_proj", shared.key_shape)), axis=2)
-    value = g.op("Concat", past_value, project("v_proj", shared.key_shape), axis=2)
-    output = _write_self_attention(g, config, shared, query, key, value)
+    key, value = _rotate(g, shared, project("k_proj", shared.key_shape)), project("v_proj", shared.key_shape)
+    own = [g.op("Concat", past, new, axis=2) for past, new in zip(shared.past[i], (key, value), strict=True)]
+    output = _write_self_attention(g, config, shared, query, shared.prefix[i], (own[0], own[1]))
     if i in shared.slow:
         output.name = f"hybrid_self_attn.{i}"
         with g.scope("cross_attn"):
@@ -227,22 +254,37 @@ def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
 
 
 def _write_self_attention(
-    g: GraphWriter, config: ModelConfig, shared: _Shared, query: ir.Value, key: ir.Value, value: ir.Value
+    g: GraphWriter,
+    config: ModelConfig,
+    shared: _Shared,
+    query: ir.Value,
+    prefix: tuple[ir.Value, ir.Value],
+    own: tuple[ir.Value, ir.Value],
 ) -> ir.Value:
     """Write attention -> [batch * sequence, heads * d], before o_proj.
 
-    Query heads are grouped by kv head: K and V are not repeated.
+    Query heads are grouped by kv head: K and V are not repeated. The scores over the prefix and over a row's own
+    positions are put together for one softmax, so that the prefix's K and V, the larger ones, are never copied.
 
     The scores are float32 from the product on: Qwen2's large key biases make them leave float16's range, and lose
     in bfloat16 what tells the keys apart.
+
+    Args:
+        prefix: K and V that all rows share.
+        own: K and V of each row's past and of the step's own positions.
     """
     text = config.text
     grouped = g.to_float32(g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim))
-    scores = g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2)))
-    scores = g.op("Add", g.op("Reshape", scores, shared.by_head_shape), shared.bias)
-    probabilities = g.from_float32(g.op("Softmax", scores, axis=-1))
-    context = g.op("MatMul", g.op("Reshape", probabilities, shared.scores_shape), value)
-    context = g.op("Reshape", context, shared.heads_shape)
+    products = [g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2))) for key, _ in (prefix, own)]
+    scores = g.op("Reshape", g.op("Concat", *products, axis=-1), shared.by_head_shape)
+    probabilities = g.from_float32(g.op("Softmax", g.op("Add", scores, shared.bias), axis=-1))
+    probabilities = g.op("Reshape", probabilities, shared.scores_shape)
+    parts = (g.ints(0), shared.prefix_length), (shared.prefix_length, g.ints(_END))
+    contexts = [
+        g.op("MatMul", g.op("Slice", probabilities, *part, g.ints(3)), value)
+        for part, (_, value) in zip(parts, (prefix, own), strict=True)
+    ]
+    context = g.op("Reshape", g.op("Add", *contexts), shared.heads_shape)
     return g.reshape(g.transpose(context, 0, 2, 1, 3), -1, text.num_heads * text.head_dim)
 
 

@@ -18,6 +18,7 @@ FAST_TOKENS = "fast_tokens"
 EMBEDS = "inputs_embeds"
 POSITIONS = "position_ids"
 MASK = "attention_mask"
+PAST_LENGTHS = "past_lengths"
 SLOW_ATTENDS = "slow_attends"
 SLOW_LENGTHS = "slow_lengths"
 LOGITS = "logits"
@@ -31,14 +32,23 @@ def slow_names(config: ModelConfig) -> list[str]:
     return [f"slow_key_values.{k}.{x}" for k in range(len(config.slow_fast.hybrid_layers)) for x in ("key", "value")]
 
 
+def prefix_names(config: ModelConfig) -> list[str]:
+    """Name the K/V of the positions that all rows share, key and value by layer: decoder inputs."""
+    return _text_names("prefix_key_values", config)
+
+
 def past_names(config: ModelConfig) -> list[str]:
-    """Name text K/V before a step, key and value by layer."""
-    return [f"past_key_values.{i}.{x}" for i in range(config.text.num_layers) for x in ("key", "value")]
+    """Name each row's own K/V before a step, in the order of prefix_names: decoder inputs."""
+    return _text_names("past_key_values", config)
 
 
-def present_names(config: ModelConfig) -> list[str]:
-    """Name text K/V after a step, in the order of past_names."""
-    return [name.replace("past_key_values", "present") for name in past_names(config)]
+def new_names(config: ModelConfig) -> list[str]:
+    """Name the K/V of a step's own positions, in the order of prefix_names: decoder outputs."""
+    return _text_names("new_key_values", config)
+
+
+def _text_names(kind: str, config: ModelConfig) -> list[str]:
+    return [f"{kind}.{i}.{x}" for i in range(config.text.num_layers) for x in ("key", "value")]
 
 
 def hidden_name(layer: int) -> str:

@@ -20,7 +20,8 @@ class Case:
     """One call.
 
     Attributes:
-        slow: length of the K/V tensors. lengths: slow tokens of each sample (up to `slow`).
+        slow: length of the K/V tensors. lengths: slow tokens of each sample (up to `slow`); one length: all samples
+            share one K/V.
         mask: which positions attend, one of MASKS. multiprocessors, sm: decide tiles and splits.
         scale: standard deviation of the scores: large ones make the softmax pick single tokens.
     """
@@ -42,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Tensors:
-    """float32 arrays of a case: query [B, heads, S, d] (scaled), key and value [B, kv heads, T, d], bool [B, S]."""
+    """float32 arrays of a case: query [B, heads, S, d] (scaled), key, value [B or 1, kv heads, T, d], bool [B, S]."""
 
     query: np.ndarray
     key: np.ndarray
@@ -56,7 +57,7 @@ def random_case(rng: np.random.Generator) -> Case:
     slow = int(rng.choice([0, 1, 2, int(rng.integers(1, 130)), int(rng.integers(130, LARGEST))]))
     lengths = (slow,) * batch
     if rng.random() < 0.5:
-        lengths = tuple(int(n) for n in rng.integers(0, slow + 1, batch))
+        lengths = tuple(int(n) for n in rng.integers(0, slow + 1, batch if rng.random() < 0.5 else 1))
     return Case(
         batch=batch,
         kv_heads=int(rng.integers(1, 4)),
@@ -87,6 +88,8 @@ def swept_cases() -> Iterator[Case]:
                 yield Case(2, 1, 7, 1 + 32 * (i % 2), slow, by_sample, d, "mixed", dtype, 87, 132, 2.0, i)
         for mask in MASKS:
             yield Case(1, 2, 7, 30, 260, (260,), 64, mask, dtype, 90, 132, 1.0, 5)
+        for length in (300, 77):  # three samples about one video
+            yield Case(3, 2, 7, 2, 300, (length,), 64, "mixed", dtype, 87, 132, 1.0, 6)
 
 
 def make_tensors(case: Case) -> Tensors:
@@ -95,7 +98,7 @@ def make_tensors(case: Case) -> Tensors:
     heads, width = case.group * case.kv_heads, case.head_dim
     query = rng.standard_normal((case.batch, heads, case.sequence, width)).astype(np.float32)
     query *= np.float32(case.scale / np.sqrt(width))
-    shape = (case.batch, case.kv_heads, case.slow, width)
+    shape = (len(case.lengths), case.kv_heads, case.slow, width)
     key, value = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     for b, length in enumerate(case.lengths):
         key[b, :, length:] = value[b, :, length:] = np.nan
@@ -121,7 +124,9 @@ def reference(tensors: Tensors) -> np.ndarray:
     batch, heads, sequence, width = query.shape
     group = heads // key.shape[1]
     out = np.zeros((batch, sequence, heads, width))
-    for b, length in enumerate(tensors.lengths):
+    lengths = np.broadcast_to(tensors.lengths, batch)
+    key, value = (np.broadcast_to(x, (batch, *x.shape[1:])) for x in (key, value))
+    for b, length in enumerate(lengths):
         rows = np.flatnonzero(tensors.attends[b])
         if length == 0 or not len(rows):
             continue

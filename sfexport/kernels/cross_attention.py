@@ -21,14 +21,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def cross_attention_split(
     query,  # [B * kv heads, rows, D], times 1/sqrt(d); rows = group * seq
-    key,  # [B * kv heads, slow, D]
-    value,  # [B * kv heads, slow, D]
+    key,  # [videos * kv heads, slow, D]; videos is B, or 1: all have the same slow tokens
+    value,  # [videos * kv heads, slow, D]
     attends,  # int32 [B, seq], 0 or 1
-    lengths,  # int64 [B]
+    lengths,  # int64 [videos]
     seq,
     rows,
     slow,
     kv_heads,
+    videos,
     partial,  # float32 [B * kv heads, splits, rows, D]
     logsumexp,  # float32 [B * kv heads, splits, rows]
     D: tl.constexpr,
@@ -36,16 +37,15 @@ def cross_attention_split(
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (row tiles, splits, B * kv heads). Rows that do not attend are left unwritten or hold anything."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    head = tl.program_id(2)
-    batch = head // kv_heads
+    split, splits, head = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    batch, video = head // kv_heads, head // kv_heads % videos
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     wanted = tl.load(attends + batch * seq + row % seq, mask=inside, other=0)
     if tl.max(wanted) == 0:
         return
 
-    length = tl.minimum(tl.load(lengths + batch), slow).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + video), slow).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     start = split * share
     end = tl.minimum(start + share, length)
@@ -53,7 +53,7 @@ def cross_attention_split(
     # 64 bits: 1,536 frames of 81 tokens and a batch pass 2^31 elements.
     column = tl.arange(0, D)
     rows_at = head.to(tl.int64) * rows + row
-    slow_at = head.to(tl.int64) * slow * D
+    slow_at = (video * kv_heads + head % kv_heads).to(tl.int64) * slow * D
     q = tl.load(query + rows_at[:, None] * D + column[None, :], mask=inside[:, None], other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

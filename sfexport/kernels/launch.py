@@ -34,8 +34,8 @@ def cross_attention(
     """context [B, S, heads * d] in query's type, as the node CrossAttention defines it.
 
     Args:
-        query: [B, heads, S, d], times 1/sqrt(d). key, value: [B, kv heads, T, d]. All contiguous.
-        attends: bool or int32 [B, S]. lengths: int64 [B].
+        query: [B, heads, S, d], times 1/sqrt(d). key, value: [N, kv heads, T, d]. All contiguous.
+        attends: bool or int32 [B, S]. lengths: int64 [N]. N is B, or 1: all have the same slow tokens.
         multiprocessors: how many programs to make: the GPU's count, or any number for a test.
         poison: fill outputs with NaN first, so that reading what no program wrote shows.
     """

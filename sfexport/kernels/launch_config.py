@@ -105,7 +105,7 @@ class LaunchConfig:
 
 
 def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors: int) -> Shapes:
-    """cross_attention_split's outputs for query [B, heads, S, d] and key [B, kv heads, T, d].
+    """cross_attention_split's outputs for query [B, heads, S, d] and key [B or 1, kv heads, T, d].
 
     partial [B * kv heads, splits, group * S, d] and logsumexp, the same without d. Row tiles of all heads and samples
     come first; what they leave of the GPU is filled by splitting the slow tokens, down to SMALLEST_SHARE each.
@@ -120,10 +120,10 @@ def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors:
 
 
 def split_launch(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> LaunchConfig:
-    """cross_attention_split's launch for query [B, heads, S, d] and key [B, kv heads, T, d]."""
+    """cross_attention_split's launch for query [B, heads, S, d] and key [B or 1, kv heads, T, d]."""
     (pairs, splits, rows, _), _ = split_outputs(arithmetic, query, key, multiprocessors)
     grid = (arithmetic.cdiv(rows, tiles.rows), splits, pairs)
-    return LaunchConfig(grid, arguments=(query[2], rows, key[2], key[1]))
+    return LaunchConfig(grid, arguments=(query[2], rows, key[2], key[1], key[0]))
 
 
 def combine_outputs(arithmetic: Arithmetic, query: Any) -> Shapes:

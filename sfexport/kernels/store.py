@@ -11,7 +11,7 @@ from sfexport.errors import BundleError, InputError
 from sfexport.kernels.compile import Kernel, ptx_version
 
 INDEX = "kernels.json"
-FORMAT = 2  # of the index and of the kernels' parameters: 2 takes attends as int32
+FORMAT = 3  # of the index and of the kernels' parameters: 3 takes the number of videos
 
 
 def save_kernels(directory: Path, kernels: Sequence[Kernel]) -> list[str]:

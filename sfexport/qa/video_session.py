@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,10 +13,12 @@ from sfexport.checkpoint.config import Attending, DecodeMode, TextConfig
 from sfexport.engines.embedding import EmbeddingTable
 from sfexport.engines.interface import Backend, DecoderStep, KeyValues
 from sfexport.errors import InputError
+from sfexport.qa.decoding import Decoder, OnText, Row, TextStream
 from sfexport.qa.generation import GenerationOptions, Sampler
 from sfexport.qa.prompt import ChatTokenizer
+from sfexport.values import whole_number
 
-OnText = Callable[[str], None]
+DEFAULT_BATCH = 8  # questions that are decoded together
 # load: engines into memory. video: waiting for frames. vision, compress, prefix: once per video. prefill: the
 # question's own tokens. decode: the answer's tokens.
 STAGES = ("load", "video", "vision", "compress", "prefix", "prefill", "decode")
@@ -143,20 +145,16 @@ class VideoSession:
         """Compute the K/V of the text before the video and of the fast tokens, which all questions share."""
         before = self._tokenizer.prompt("?").before
         text = self._embedding(before)
-        _, past = self._step(text, None, attends=self._attends != Attending.TEXT_AFTER_VIDEO)
+        _, first = self._prefill(text, None, attends=self._attends != Attending.TEXT_AFTER_VIDEO)
         # Visual positions attend in few models; in the others this call gets no slow tokens.
-        _, past = self._step(fast, past, attends=self._attends == Attending.ALL)
-        return past
+        _, second = self._prefill(fast, first, attends=self._attends == Attending.ALL)
+        return self._backend.join([first, second])
 
-    def _step(self, embeds: np.ndarray, past: KeyValues | None, attends: bool) -> tuple[np.ndarray, KeyValues]:
-        step = DecoderStep(
-            inputs_embeds=embeds[None],
-            start=past.length if past else 0,
-            slow_attends=np.full(len(embeds), attends),
-            past=past,
-            slow=self._slow if attends else None,
-        )
-        return self._backend.decode(step)
+    def _prefill(self, embeds: np.ndarray, prefix: KeyValues | None, attends: bool) -> tuple[np.ndarray, KeyValues]:
+        slow = self._slow if attends else None
+        step = DecoderStep(embeds[None], np.full(len(embeds), attends), prefix, None, slow)
+        logits, new = self._backend.decode(step)
+        return logits[0], new
 
     def ask(
         self,
@@ -188,6 +186,49 @@ class VideoSession:
         Raises:
             InputError: the question is empty or does not fit, the mode is unknown, or a number has no meaning.
         """
+        return self.ask_many(
+            [question],
+            options,
+            mode,
+            None if on_text is None else lambda _, text: on_text(text) if text else None,
+            control_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )[0]
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        options: GenerationOptions | None = None,
+        mode: str | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        control_tokens: bool = False,
+        *,
+        batch: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        """Answer questions together: they are decoded as rows of a batch, and each row stops by itself.
+
+        The answers are those of `ask`, but where two tokens are equally likely up to rounding.
+
+        Args:
+            on_text: called with a question's index and each new piece of its answer; the last piece is empty.
+            batch: largest number of questions that are decoded together; default 8, or what the engines take.
+
+        The other arguments are those of `ask`.
+
+        Raises:
+            InputError: as `ask`, for any of the questions; or the engines were built for fewer rows than `batch`.
+        """
         options = (self._defaults() if options is None else options).override(
             temperature,
             max_new_tokens=max_new_tokens,
@@ -198,68 +239,60 @@ class VideoSession:
         )
         config = self._backend.config
         decode_mode = DecodeMode.parse(mode) if mode else config.slow_fast.decode_mode
-        ids = check_question(question, self._tokenizer, self.fast_tokens, config.text, control_tokens)
-        sampler = Sampler(options, self._prefix.length + len(ids))
-        watch = Stopwatch()
-        with watch.stage("prefill"):
-            logits, past = self._step(self._embedding(ids), self._prefix, attends=True)
-        with watch.stage("decode"):
-            new = self._generate(
-                logits, past, sampler, decode_mode == DecodeMode.TRAINED, on_text or (lambda text: None)
-            )
-        return self._answer(question, ids, new, options, watch)
+        prompts = [
+            check_question(question, self._tokenizer, self.fast_tokens, config.text, control_tokens)
+            for question in questions
+        ]
+        size, answers = self._batch_size(batch), list[Answer]()
+        slow = self._slow if decode_mode == DecodeMode.TRAINED else None
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            streams = [_stream_to(on_text, start + i) for i in range(len(chunk))]
+            rows, seconds = self._prefill_rows(chunk, options, streams)
+            Decoder(self._backend, self._embedding, self._tokenizer, self._prefix, slow).run(rows)
+            for question, ids, row, prefill in zip(questions[start:], chunk, rows, seconds, strict=False):
+                answers.append(self._answer(question, ids, row, {"prefill": prefill, "decode": row.seconds}))
+        return answers
 
-    def _answer(
-        self, question: str, prompt: list[int], new: list[int], options: GenerationOptions, watch: Stopwatch
-    ) -> Answer:
+    def _batch_size(self, batch: int | None) -> int:
+        largest = self._backend.max_rows
+        if batch is None:
+            return DEFAULT_BATCH if largest is None else min(DEFAULT_BATCH, largest)
+        whole_number(batch, "The batch", hint="Change --batch.")
+        if largest is not None and batch > largest:
+            raise InputError(
+                f"The engines decode at most {largest} questions together, not {batch}.",
+                f"Use --batch {largest} or less, or build the engines again with --max-batch {batch}.",
+            )
+        return batch
+
+    def _prefill_rows(
+        self, prompts: Sequence[list[int]], options: GenerationOptions, streams: Sequence[OnText]
+    ) -> tuple[list[Row], list[float]]:
+        """Prefill the questions, one after the other; return a row and the seconds of each."""
+        rows, seconds = list[Row](), list[float]()
+        for ids, on_text in zip(prompts, streams, strict=True):
+            start = time.perf_counter()
+            logits, new = self._prefill(self._embedding(ids), self._prefix, attends=True)
+            sampler = Sampler(options, self._prefix.length + len(ids))
+            rows.append(Row(logits, new, sampler, TextStream(self._tokenizer, on_text)))
+            seconds.append(time.perf_counter() - start)
+        return rows, seconds
+
+    def _answer(self, question: str, prompt: list[int], row: Row, seconds: dict[str, float]) -> Answer:
         encoding, self._pending = self._pending, _Pending(0, 0, dict.fromkeys(STAGES, 0.0))
+        new, stop_ids = row.sampler.ids, row.sampler.options.stop_ids
         return Answer(
             question=question,
-            answer=self._tokenizer.decode([i for i in new if i not in options.stop_ids]).strip(),
+            answer=self._tokenizer.decode([i for i in new if i not in stop_ids]).strip(),
             ids=new,
             prefill_tokens=encoding.prefill_tokens + len(prompt),
             new_tokens=len(new),
             frames_encoded=encoding.frames_encoded,
-            seconds={s: round(encoding.seconds[s] + watch.seconds[s], 6) for s in STAGES},
+            seconds={s: round(encoding.seconds[s] + seconds.get(s, 0.0), 6) for s in STAGES},
         )
 
-    def _generate(
-        self, logits: np.ndarray, past: KeyValues, sampler: Sampler, attends: bool, on_text: OnText
-    ) -> list[int]:
-        """Generate token ids, up to and including a stop token."""
-        stream = _TextStream(self._tokenizer, on_text)
-        while True:
-            # Logits beyond the tokenizer's vocabulary are padding, which the reference cuts off on loading.
-            token = sampler.next(logits[: self._tokenizer.vocabulary_size])
-            if token in sampler.options.stop_ids:
-                break
-            stream.add(token)
-            if len(sampler.ids) >= sampler.limit:
-                break
-            logits, past = self._step(self._embedding([token]), past, attends)
-        stream.close()
-        return sampler.ids
 
-
-@dataclass
-class _TextStream:
-    """Turns token ids into pieces of text, and holds back bytes that do not form a character yet."""
-
-    tokenizer: ChatTokenizer
-    on_text: OnText
-    ids: list[int] = field(default_factory=list)
-    sent: int = 0
-
-    def add(self, token: int) -> None:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._send(text)
-
-    def close(self) -> None:
-        self._send(self.tokenizer.decode(self.ids))
-
-    def _send(self, text: str) -> None:
-        if len(text) > self.sent:
-            self.on_text(text[self.sent :])
-            self.sent = len(text)
+def _stream_to(on_text: Callable[[int, str], None] | None, index: int) -> OnText:
+    """Return what takes one answer's text."""
+    return (lambda text: None) if on_text is None else (lambda text: on_text(index, text))

@@ -81,7 +81,7 @@ def our_logits(checkpoint: Path, weights: str, embeds: np.ndarray) -> np.ndarray
     out = checkpoint.with_name(f"bundle-{weights}")
     bundle = export(Checkpoint.open(checkpoint), out, ExportOptions(weights=weights))
     backend = OnnxRuntimeBackend(bundle.path, bundle.weights_directory, bundle.config)
-    return backend.decode(DecoderStep(embeds, 0, np.ones(embeds.shape[1], dtype=bool), None, None))[0]
+    return backend.decode(DecoderStep(embeds, np.ones(embeds.shape[1], dtype=bool)))[0][0]
 
 
 def two_sets(checkpoint: Path) -> None:

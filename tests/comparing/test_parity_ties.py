@@ -20,10 +20,10 @@ def parity(tree: Tree, tolerance: Tolerance):
     inner = pipeline.backend.decode
 
     def decode(step):
-        logits, present = inner(step)
+        (logits,), new = inner(step)
         order, swapped = np.argsort(logits[: pipeline.tokenizer.vocabulary_size]), logits.copy()
         swapped[order[-2:]] = logits[order[-2:][::-1]]
-        return swapped, present
+        return swapped[None], new
 
     pipeline.backend.decode = decode
     return run_parity(pipeline, None, frames=4, max_new_tokens=3, tolerance=tolerance)

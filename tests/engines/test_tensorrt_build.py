@@ -119,11 +119,9 @@ def test_at_each_size_of_a_profile_the_shapes_fit_one_another(bundle):
     for limits in (Limits(16), Limits(1, 1, 1), Limits(64, 40, 8)):
         for profile in resolve_profiles(bundle, limits)["decoder"]:
             shapes = {t.name: (t.min, t.opt, t.max) for t in profile.tensors}
-            for embeds, past, mask, present in zip(
-                *(shapes[n] for n in ("inputs_embeds", "past_key_values.0.key", "attention_mask", "present.0.key")),
-                strict=True,
-            ):
-                assert embeds[1] + past[2] == mask[1] == present[2]
+            names = ("inputs_embeds", "past_key_values.0.key", "attention_mask", "new_key_values.0.key")
+            for embeds, past, mask, new in zip(*map(shapes.get, names), strict=True):
+                assert embeds[:2] == mask == (new[0], new[2]) and past[0] == new[0]
 
 
 def test_profiles_follow_the_limits(bundle, tmp_path, monkeypatch):
@@ -132,10 +130,11 @@ def test_profiles_follow_the_limits(bundle, tmp_path, monkeypatch):
     shapes = played.recorder.arguments("IOptimizationProfile.set_shape")
     frames = next(c for c in shapes if c["input"] == "slow_tokens")
     assert (frames["min"][0], frames["max"][0]) == (1, 32)
-    decode = [c for c in shapes if c["input"] == "attention_mask"][1]
+    prefix, own = ([c for c in shapes if c["input"] == f"{n}_key_values.0.key"][1] for n in ("prefix", "past"))
     fast = 9 * 4  # 32 frames, sampled every second, pooled by four
-    assert decode["max"] == (1, 100 + fast + 20)
-    assert content["limits"] == {"frames": 32, "question_tokens": 100, "new_tokens": 20}
+    assert (prefix["max"][0], prefix["max"][2]) == (1, 100 + fast)
+    assert (own["max"][0], own["max"][2]) == (8, 100 + 20)
+    assert content["limits"] == {"frames": 32, "question_tokens": 100, "new_tokens": 20, "rows": 8}
 
 
 def test_timings_are_kept_per_gpu_and_version(bundle, tmp_path, monkeypatch):

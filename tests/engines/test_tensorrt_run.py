@@ -83,6 +83,22 @@ def test_memory_does_not_grow_with_questions(made, tmp_path, monkeypatch):
         assert backend is pipeline.backend
 
 
+def test_questions_are_decoded_together(made, tmp_path, monkeypatch):
+    """As many as the engines are built for, with the tokens of one at a time."""
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.16", tmp_path / "cache", bundle):
+        build(bundle, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(new_tokens=8, rows=3))
+        pipeline = Pipeline.load(tmp_path / "engines")
+        session, options = pipeline.encode(made / "clip.mp4"), pipeline.generation_options()
+        for mode in ("released", "trained"):
+            alone = [session.ask(question, options, mode).ids for question in QUESTIONS]
+            assert [a.ids for a in session.ask_many(QUESTIONS, options, mode)] == alone
+            assert [a.ids for a in session.ask_many(QUESTIONS, options, mode, batch=2)] == alone
+        with pytest.raises(InputError, match="decode at most 3 questions together, not 4") as error:
+            session.ask_many(QUESTIONS, options, batch=4)
+        assert "--max-batch 4" in error.value.hint
+
+
 def test_key_values_go_to_the_host_and_back(made, tmp_path, monkeypatch):
     bundle = Bundle.open(made / "bundle")
     rng = np.random.default_rng(0)

@@ -93,13 +93,15 @@ def run(bundle: Bundle, tokens: int = 5, steps: int = 2) -> Run:
     width, rng = bundle.config.text.hidden_size, np.random.default_rng(0)
     slow = backend.compress(rng.standard_normal((8, 4, width), dtype=np.float32))[1]
     embeds = rng.standard_normal((1, tokens + steps, width), dtype=np.float32)
-    logits, past, start = [], None, 0
+    logits, pieces, start = [], [], 0
     for length in (tokens, *[1] * steps):
         part = embeds[:, start : start + length]
-        found, past = backend.decode(DecoderStep(part, start, np.ones(length, dtype=bool), past, slow))
-        logits.append(found)
+        prefix = backend.join(pieces) if pieces else None
+        found, new = backend.decode(DecoderStep(part, np.ones(length, dtype=bool), prefix, slow=slow))
+        logits.append(found[0])
+        pieces.append(new)
         start += length
-    return Run(np.stack(logits), backend.to_numpy(past))
+    return Run(np.stack(logits), backend.to_numpy(backend.join(pieces)))
 
 
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:

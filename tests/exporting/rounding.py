@@ -16,6 +16,7 @@ import onnxruntime
 from golden_data import Golden
 from onnx import TensorProto, helper, inliner, shape_inference
 from sessions import model_session
+from text_cache import TextCache
 
 from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.checkpoint import Checkpoint
@@ -113,21 +114,19 @@ class RoundedGolden:
 
     def logits(self) -> np.ndarray:
         """[L, V], one position at a time."""
-        slow, text, found = self.slow(), self.config.text, []
+        slow, found = self.slow(), []
         compressed = self.compress(slow)
         embeds = self._merge(compressed[names.FAST_TOKENS])
         attends = self.golden.outputs["token_types"][0] <= 2
         assert self.config.slow_fast.attends == "text"
-        past = {
-            n: np.zeros((1, text.num_kv_heads, 0, text.head_dim), np.float32) for n in names.past_names(self.config)
-        }
+        cache = TextCache(self.config, 1)
         fixed = {n: compressed[n] for n in names.slow_names(self.config)}
         fixed[names.SLOW_LENGTHS] = np.array([slow.shape[0] * slow.shape[1]])
         for i in range(len(embeds)):
             here = {names.EMBEDS: embeds[None, i : i + 1], names.POSITIONS: np.array([[i]])}
-            here |= {names.MASK: np.ones((1, i + 1), bool), names.SLOW_ATTENDS: attends[None, i : i + 1]}
-            out = self.decoder(here | past | fixed)
-            past = {p: out[q] for p, q in zip(past, names.present_names(self.config), strict=True)}
+            here |= {names.MASK: np.ones((1, 1), bool), names.SLOW_ATTENDS: attends[None, i : i + 1]}
+            out = self.decoder(here | cache.feeds() | fixed)
+            cache.append(out, here[names.MASK])
             found.append(out[names.LOGITS][0])
         return np.stack(found)
 

@@ -98,7 +98,7 @@ def test_inspect_shows_the_precision_and_every_type(precision: str, make: Callab
     found = {v["name"]: v["dtype"] for g in shown["graphs"].values() for v in (*g["inputs"], *g["outputs"])}
     fixed = {
         **dict.fromkeys((names.FRAME_WEIGHTS, names.CELL_WEIGHTS, names.LOGITS), "float32"),
-        **dict.fromkeys((names.POSITIONS, names.SLOW_LENGTHS), "int64"),
+        **dict.fromkeys((names.POSITIONS, names.PAST_LENGTHS, names.SLOW_LENGTHS), "int64"),
         **dict.fromkeys((names.MASK, names.SLOW_ATTENDS), "bool"),
     }
     assert found == {name: fixed.get(name, ARRAY_TYPES[precision]) for name in found}
@@ -306,12 +306,11 @@ def test_a_float16_backend_keeps_its_own_type_inside_and_float32_outside(shipped
     slow = backend.encode_frames(np.random.default_rng(0).normal(size=(4, 3, size, size)).astype(np.float32), False)
     fast, key_values = backend.compress(slow)
     assert isinstance(key_values, KeyValues)
-    logits, past = backend.decode(DecoderStep(fast[None], 0, np.ones(len(fast), bool), None, key_values))
+    logits, past = backend.decode(DecoderStep(fast[None], np.ones(len(fast), bool), slow=key_values))
     assert {slow.dtype, fast.dtype, logits.dtype} == {np.dtype(np.float32)}
     assert {a.dtype for kv in (key_values, past) for a in backend.to_numpy(kv)} == {np.dtype(np.float16)}
     wide = backend.from_numpy([a.astype(np.float32) for a in backend.to_numpy(past)])
-    step = DecoderStep(fast[None, :1], past.length, np.ones(1, bool), past, key_values)
-    again = DecoderStep(fast[None, :1], past.length, np.ones(1, bool), wide, key_values)
+    step, again = (DecoderStep(fast[None, :1], np.ones(1, bool), kv, slow=key_values) for kv in (past, wide))
     np.testing.assert_array_equal(backend.decode(step)[0], backend.decode(again)[0])
 
 
@@ -351,7 +350,7 @@ def test_onnxruntime_refuses_bfloat16_and_says_what_to_do(make: Callable, tmp_pa
 
 def decoder_feeds(bundle: Bundle, session: onnxruntime.InferenceSession, batch: int, past: int, slow: int) -> dict:
     random, text, sequence = np.random.default_rng(0), bundle.config.text, 3
-    sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence, "slow": slow}
+    sizes = {"batch": batch, "videos": batch, "sequence": sequence, "prefix": 2, "capacity": past, "slow": slow}
     feeds = {}
     for value in session.get_inputs():
         shape = [sizes.get(size, size) for size in value.shape]
@@ -359,8 +358,9 @@ def decoder_feeds(bundle: Bundle, session: onnxruntime.InferenceSession, batch: 
             dtype = np.float16 if value.type == "tensor(float16)" else np.float32
             # float16 numbers in both graphs, so that they are asked the same
             feeds[value.name] = random.normal(size=shape).astype(np.float16).astype(dtype)
-    feeds[names.POSITIONS] = np.tile(np.arange(past, past + sequence), (batch, 1))
-    feeds[names.MASK] = np.ones((batch, past + sequence), bool)
+    feeds[names.POSITIONS] = np.tile(np.arange(2 + past, 2 + past + sequence), (batch, 1))
+    feeds[names.MASK] = np.ones((batch, sequence), bool)
+    feeds[names.PAST_LENGTHS] = np.full(batch, past)
     feeds[names.MASK][1:2] = False  # a row of nothing but padding
     feeds[names.SLOW_ATTENDS] = np.tile([True, False, True], (batch, 1))
     feeds[names.SLOW_LENGTHS] = np.arange(batch) * (slow > 0)
@@ -374,7 +374,7 @@ def test_padding_and_missing_slow_tokens_in_float16(batch: int, past: int, slow:
     for precision in ("fp32", "fp16"):
         bundle = make("convnext", precision)
         session = onnxruntime.InferenceSession(str(bundle.graph_file("decoder")), providers=["CPUExecutionProvider"])
-        outputs = [names.LOGITS, *names.present_names(bundle.config)]
+        outputs = [names.LOGITS, *names.new_names(bundle.config)]
         found.append(session.run(outputs, decoder_feeds(bundle, session, batch, past, slow)))
     for wide, half in zip(*found, strict=True):
         assert np.isfinite(half).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from drawn_clip import write_clip
 
 import sfexport
 from fuzz.kinds import Case, Unexpected, Wrong, call, command
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues
+from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = "What happens in the video?"
@@ -59,9 +59,15 @@ class _Recorded(Backend):
         return self.backend.compress(slow_tokens)
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        logits, past = self.backend.decode(step)
-        self.logits.append(np.array(logits))
-        return logits, past
+        logits, new = self.backend.decode(step)
+        self.logits.append(np.array(logits[0]))
+        return logits, new
+
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        return self.backend.join(parts)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return self.backend.new_cache(rows, capacity)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
         return self.backend.to_numpy(tensors)

@@ -15,7 +15,7 @@ from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.fast_path import cell_weights, fast_token_count, frame_weights
 from sfexport.exporting.export import ExportOptions, export
-from sfexport.graphs.names import past_names
+from sfexport.graphs.names import new_names, past_names, prefix_names
 from sfexport.testing.random_checkpoint import write_random_checkpoint
 
 HYBRID = (0, 2)
@@ -114,24 +114,27 @@ class Decoder:
         self.text = bundle.config.text
         path = str(bundle.graph_file("decoder"))
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.past_names = past_names(bundle.config)
+        self.prefix_names, self.past_names = prefix_names(bundle.config), past_names(bundle.config)
 
-    def feeds(self, batch: int, sequence: int, past: int, slow: int) -> dict[str, np.ndarray]:
+    def feeds(
+        self, batch: int, sequence: int, past: int, slow: int, prefix: int = 0, videos: int | None = None
+    ) -> dict[str, np.ndarray]:
         random, text = np.random.default_rng(0), self.text
 
         def values(*shape: int) -> np.ndarray:
             return random.normal(size=shape).astype(np.float32)
 
-        head = (batch, text.num_kv_heads)
         names = [i.name for i in self.session.get_inputs() if i.name.startswith("slow_key_values")]
         return {
             "inputs_embeds": values(batch, sequence, text.hidden_size),
-            "position_ids": np.tile(np.arange(past, past + sequence), (batch, 1)),
-            "attention_mask": np.ones((batch, past + sequence), dtype=bool),
+            "position_ids": np.tile(np.arange(prefix + past, prefix + past + sequence), (batch, 1)),
+            "attention_mask": np.ones((batch, sequence), dtype=bool),
             "slow_attends": np.ones((batch, sequence), dtype=bool),
-            "slow_lengths": np.full(batch, slow),
-            **{name: values(*head, past, text.head_dim) for name in self.past_names},
-            **{name: values(*head, slow, text.head_dim) for name in names},
+            "slow_lengths": np.full(videos or batch, slow),
+            "past_lengths": np.full(batch, past),
+            **{name: values(1, text.num_kv_heads, prefix, text.head_dim) for name in self.prefix_names},
+            **{name: values(batch, text.num_kv_heads, past, text.head_dim) for name in self.past_names},
+            **{name: values(videos or batch, text.num_kv_heads, slow, text.head_dim) for name in names},
         }
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -172,11 +175,40 @@ def test_the_slice_of_the_last_position_is_what_a_gather_gave(bundle: Bundle, de
 def test_rows_of_a_batch_do_not_touch_each_other(decoder: Decoder) -> None:
     feeds = decoder.feeds(3, 4, 5, 7)
     feeds["slow_lengths"] = np.array([7, 3, 0])
+    feeds["past_lengths"] = np.array([5, 2, 0])
     feeds["attention_mask"][1, :2] = False
     together = decoder(feeds)
     for row in range(3):
-        alone = decoder({name: value[row : row + 1] for name, value in feeds.items()})
-        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+        own = {name: value if name in decoder.prefix_names else value[row : row + 1] for name, value in feeds.items()}
+        np.testing.assert_allclose(together[row], decoder(own)[0], atol=1e-5)
+
+
+def test_what_rows_share_is_as_if_each_had_its_own(decoder: Decoder) -> None:
+    """A prefix and slow tokens of one row, against copies: the prefix's as each row's past."""
+    feeds = decoder.feeds(3, 2, 0, 7, prefix=5, videos=1)
+    copies = dict(feeds, slow_lengths=np.full(3, 7), past_lengths=np.full(3, 5))
+    for name, value in feeds.items():
+        if name.startswith("slow_key_values"):
+            copies[name] = np.repeat(value, 3, axis=0)
+    for prefix, past in zip(decoder.prefix_names, decoder.past_names, strict=True):
+        copies[past] = np.repeat(feeds[prefix], 3, axis=0)
+        copies[prefix] = feeds[prefix][:, :, :0]
+    np.testing.assert_allclose(decoder(feeds), decoder(copies), atol=1e-5)
+
+
+def test_what_lies_behind_the_valid_past_changes_nothing(decoder: Decoder) -> None:
+    feeds = decoder.feeds(2, 3, 4, 5, prefix=6)
+    expected = decoder(feeds)
+    for name in decoder.past_names:
+        feeds[name] = np.pad(feeds[name], ((0, 0), (0, 0), (0, 3), (0, 0)), constant_values=100)
+    np.testing.assert_allclose(decoder(feeds), expected, atol=1e-5)
+
+
+def test_only_the_new_key_values_are_outputs(bundle: Bundle, decoder: Decoder) -> None:
+    outputs = {o.name: o.shape for o in decoder.session.get_outputs()}
+    assert list(outputs)[1:] == new_names(bundle.config)
+    text = decoder.text
+    assert {tuple(s) for s in list(outputs.values())[1:]} == {("batch", text.num_kv_heads, "sequence", text.head_dim)}
 
 
 def test_a_padded_slow_token_changes_nothing(decoder: Decoder) -> None:

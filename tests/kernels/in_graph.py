@@ -91,7 +91,8 @@ def main() -> None:
         names.SLOW_LENGTHS: np.array([slow.length], dtype=np.int64),
     }
     empty = np.zeros((1, text.num_kv_heads, 0, text.head_dim), dtype=np.float32)
-    feeds |= dict.fromkeys(names.past_names(config), empty)
+    feeds |= dict.fromkeys([*names.prefix_names(config), *names.past_names(config)], empty)
+    feeds[names.PAST_LENGTHS] = np.zeros(1, dtype=np.int64)
     feeds |= dict(zip(names.slow_names(config), backend.to_numpy(slow), strict=True))
 
     model = onnx.load(bundle.graph_file("decoder"))

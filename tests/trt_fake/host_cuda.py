@@ -29,6 +29,9 @@ class HostDriver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
     )
 
+    CUDA_MEMCPY2D = SimpleNamespace
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE="device")
+
     def __init__(self, sm: int = 87, multiprocessors: int = 16) -> None:
         self._attributes = {"major": sm // 10, "minor": sm % 10, "multiprocessors": multiprocessors}
         self._memory: dict[int, Any] = {}
@@ -103,6 +106,16 @@ class HostDriver:
 
     def cuMemcpyDtoHAsync(self, host: int, device: int, size: int, stream: int) -> tuple[int]:
         return self._copy(host, device, size, device)
+
+    def cuMemcpy2DAsync(self, copy: SimpleNamespace, stream: int) -> tuple[int]:
+        for i in range(copy.Height):
+            to, source = copy.dstDevice + i * copy.dstPitch, copy.srcDevice + i * copy.srcPitch
+            if not self.holds(source, copy.WidthInBytes):
+                return (INVALID,)
+            status = self._copy(to, source, copy.WidthInBytes, to)
+            if status != (OK,):
+                return status
+        return (OK,)
 
     def _copy(self, to: int, source: int, size: int, device: int) -> tuple[int]:
         if not self.holds(device, size):

@@ -1,16 +1,15 @@
 """Run engines with TensorRT: three engines, one scratch buffer, K/V that stay on the GPU. No torch.
 
-K/V of a session's prefix are kept while answers are generated, so a step never writes where it reads: it takes a
-set of buffers from a pool, and a set returns there when its K/V are no longer referred to. All have the size of the
-longest prompt and answer, so that memory does not grow with questions.
+A session's prefix is read by every step and never copied. A step's new K/V are copied behind each row's own ones, on
+the GPU. Buffers come from pools of a few sizes and return there when nothing refers to them any more, so that memory
+does not grow with questions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import numpy as np
 from sfexport.artifacts.bundle import GRAPHS
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.dtypes import from_tensorrt
-from sfexport.engines.interface import Backend, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
+from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues, compressor_feeds, decoder_feeds
 from sfexport.engines.profiles import DECODE, PREFILL
-from sfexport.engines.tensorrt.cuda import Buffer, Stream
+from sfexport.engines.tensorrt.buffers import DeviceTensor, OwnedBuffer, Pool
+from sfexport.engines.tensorrt.cuda import Buffer, Rows, Stream
 from sfexport.engines.tensorrt.library import make_logger
 from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.graphs import names
@@ -32,62 +32,14 @@ _LIMITS = {
     names.PIXELS: "--frames",
     names.SLOW_TOKENS: "--frames",
     names.EMBEDS: "--max-question-tokens",
-    names.MASK: "--max-new-tokens",
+    "prefix_key_values": "--frames",
+    "past_key_values": "--max-new-tokens",
 }
 
 
 def numpy_type(tensorrt_type: Any) -> np.dtype:
     """NumPy's type for a tensor's; bfloat16 is ml_dtypes'."""
     return from_tensorrt(tensorrt_type.name).numpy
-
-
-@dataclass(frozen=True)
-class DeviceTensor:
-    """Describe a dense part of a buffer; `owner` keeps the memory alive."""
-
-    pointer: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    owner: Any
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-class _Owned(Buffer):
-    """Own device memory and free it with the last reference."""
-
-    def __del__(self) -> None:
-        # At interpreter exit CUDA may already be shut down; ignore the error.
-        with contextlib.suppress(SfexportError):
-            if hasattr(self, "pointer"):
-                self.free()
-
-
-class _Pool:
-    """Lend buffers of one size and take them back."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._free: list[Buffer] = []
-
-    def lend(self) -> _Lease:
-        return _Lease(self, self._free.pop() if self._free else _Owned(self.size))
-
-    def take_back(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
-
-
-class _Lease:
-    """Hold a buffer of a pool and return it there with the last reference."""
-
-    def __init__(self, pool: _Pool, buffer: Buffer) -> None:
-        self._pool, self.buffer = pool, buffer
-
-    def __del__(self) -> None:
-        self._pool.take_back(self.buffer)
 
 
 class Engine:
@@ -179,6 +131,28 @@ class Engine:
         )
 
 
+class _Cache(Cache):
+    """A cache in the GPU's memory."""
+
+    def __init__(self, backend: TensorRTBackend, tensors: tuple[DeviceTensor, ...], lengths: np.ndarray) -> None:
+        self._backend, self.tensors, self.lengths = backend, tensors, lengths
+        self.capacity = tensors[0].shape[2]
+
+    def append(self, new: KeyValues, row: int | None = None) -> None:
+        rows = range(len(self.lengths)) if row is None else [row]
+        for tensor, added in zip(self.tensors, new.tensors, strict=True):
+            for i, at in enumerate(rows):
+                self._backend.copy_positions(tensor, at, int(self.lengths[at]), added, i, new.length)
+        self.lengths[list(rows)] += new.length
+
+    def resize(self, rows: Sequence[int], capacity: int) -> Cache:
+        tensors = self._backend.key_values(len(rows), capacity)
+        for to, source in zip(tensors, self.tensors, strict=True):
+            for i, row in enumerate(rows):
+                self._backend.copy_positions(to, i, 0, source, row, int(self.lengths[row]))
+        return _Cache(self._backend, tensors, self.lengths[list(rows)])
+
+
 class TensorRTBackend(Backend):
     """Run the three graphs with TensorRT.
 
@@ -195,21 +169,20 @@ class TensorRTBackend(Backend):
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
         self._engines = {g: Engine(trt, self._runtime, directory / f"{g}.engine", self._logger) for g in GRAPHS}
-        self._scratch = _Owned(max(e.engine.device_memory_size_v2 for e in self._engines.values()))
+        self._scratch = OwnedBuffer(max(e.engine.device_memory_size_v2 for e in self._engines.values()))
         for engine in self._engines.values():
             engine.prepare(self._scratch)
         self._stream = Stream()
         self._decoder = self._engines["decoder"]
-        self._slow_names, self._past_names = names.slow_names(config), names.past_names(config)
-        self._present_names = names.present_names(config)
+        self._slow_names, self._new_names = names.slow_names(config), names.new_names(config)
+        self._prefix_names, self._past_names = names.prefix_names(config), names.past_names(config)
         self._kv_type = self._decoder.types[self._past_names[0]]
-        self._longest = self._decoder.max_shape(names.MASK, _PROFILES.index(DECODE))[1]
-        text = config.text
-        self._kv_size = text.num_kv_heads * text.head_dim * self._kv_type.itemsize  # bytes per position and tensor
-        self._pool = _Pool(self._kv_size * self._longest * len(self._past_names))
+        self.max_rows, _, self._longest, _ = self._decoder.max_shape(self._past_names[0], _PROFILES.index(DECODE))
+        self._pools: dict[int, Pool] = {}
+        self._nothing = OwnedBuffer(1)  # an address for tensors without elements
         self._no_slow: KeyValues | None = None
         # Inputs and small outputs by graph and name, as large as they have been: a call ends synchronised.
-        self._buffers: dict[tuple[str, str], _Owned] = {}
+        self._buffers: dict[tuple[str, str], OwnedBuffer] = {}
 
     def encode_frames(self, pixel_values: np.ndarray, single_image: bool) -> np.ndarray:
         engine = self._engines["vision_encoder"]
@@ -235,45 +208,82 @@ class TensorRTBackend(Backend):
         return self._download(tensors[names.FAST_TOKENS]), KeyValues(slow, frames * cells) if slow else None
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        engine, total = self._decoder, step.end
-        if total > self._longest:
-            raise InputError(
-                f"Prompt and answer reach {total} tokens; these engines are built for {self._longest}.",
-                "Build the engines again with larger --max-question-tokens, --max-new-tokens or --frames.",
-            )
+        engine, count = self._decoder, step.inputs_embeds.shape[1]
         feeds = decoder_feeds(step, self.config)
         tensors = {name: self._upload(engine, name, array) for name, array in feeds.items()}
         if self._slow_names:
             slow = step.slow or self._absent_slow()
             tensors |= zip(self._slow_names, slow.tensors, strict=True)
-        past = step.past.tensors if step.past else self._key_values(0)
+        prefix = step.prefix.tensors if step.prefix else [self._key_value(1, 0)] * len(self._prefix_names)
+        own = step.cache
+        past = own.tensors if isinstance(own, _Cache) else [self._key_value(step.rows, 0)] * len(self._past_names)
+        tensors |= zip(self._prefix_names, prefix, strict=True)
         tensors |= zip(self._past_names, past, strict=True)
-        present = self._key_values(total)
-        tensors |= zip(self._present_names, present, strict=True)
-        tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (1, self.config.text.vocab_size))
-        is_decode = total == step.start + 1 and step.start > 0
-        engine.run(tensors, self._stream, _PROFILES.index(DECODE if is_decode else PREFILL))
-        return self._download(tensors[names.LOGITS])[0], KeyValues(present, total)
+        new = self.key_values(step.rows, count)
+        tensors |= zip(self._new_names, new, strict=True)
+        tensors[names.LOGITS] = self._reuse(engine, names.LOGITS, (step.rows, self.config.text.vocab_size))
+        profile = DECODE if own is not None and count == 1 else PREFILL
+        engine.run(tensors, self._stream, _PROFILES.index(profile))
+        return self._download(tensors[names.LOGITS]), KeyValues(new, count)
+
+    def join(self, parts: Sequence[KeyValues]) -> KeyValues:
+        length, at = sum(part.length for part in parts), 0
+        joined = self.key_values(1, length)
+        for part in parts:
+            for to, source in zip(joined, part.tensors, strict=True):
+                self.copy_positions(to, 0, at, source, 0, part.length)
+            at += part.length
+        self._stream.synchronize()
+        return KeyValues(joined, length)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        return _Cache(self, self.key_values(rows, capacity), np.zeros(rows, dtype=np.int64))
+
+    def capacity_for(self, length: int) -> int:
+        if length > self._longest:
+            raise InputError(
+                f"Question and answer reach {length} tokens; these engines are built for {self._longest}.",
+                "Build the engines again with larger --max-question-tokens or --max-new-tokens.",
+            )
+        return min(super().capacity_for(length), self._longest)
+
+    def copy_positions(
+        self, to: DeviceTensor, row: int, at: int, source: DeviceTensor, source_row: int, count: int
+    ) -> None:
+        """Enqueue a copy of the first `count` positions of a row of K or V to position `at` of another tensor's row."""
+        heads, width = to.shape[1], to.shape[3] * to.dtype.itemsize
+        pitches = [tensor.shape[2] * width for tensor in (to, source)]
+        target = Rows(to.pointer + row * heads * pitches[0] + at * width, pitches[0])
+        origin = Rows(source.pointer + source_row * heads * pitches[1], pitches[1])
+        self._stream.copy_rows(target, origin, heads, count * width)
 
     def to_numpy(self, tensors: KeyValues) -> list[np.ndarray]:
         return [self._download(t) for t in tensors.tensors]
 
     def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
         hosts = [np.ascontiguousarray(a.astype(self._kv_type)) for a in arrays]
-        buffers = [_Owned(host.nbytes) for host in hosts]
+        buffers = [OwnedBuffer(host.nbytes) for host in hosts]
         for buffer, host in zip(buffers, hosts, strict=True):
             self._stream.to_device(buffer.pointer, host)
         self._stream.synchronize()
         tensors = (DeviceTensor(b.pointer, h.shape, self._kv_type, b) for b, h in zip(buffers, hosts, strict=True))
         return KeyValues(tuple(tensors), arrays[0].shape[2])
 
-    def _key_values(self, length: int) -> tuple[DeviceTensor, ...]:
-        """Make a set of K/V for `length` positions in a buffer of the pool."""
-        lease, text = self._pool.lend(), self.config.text
-        step = self._kv_size * self._longest
-        shape = (1, text.num_kv_heads, length, text.head_dim)
+    def key_values(self, rows: int, length: int) -> tuple[DeviceTensor, ...]:
+        """Make K/V for `length` positions of some rows, in one buffer of a pool, with contents left over."""
+        tensor = self._key_value(rows, length)
+        # Pools have few sizes: with room for a power of two of positions.
+        size = self._key_value(rows, max(16, 1 << (length - 1).bit_length())).size * len(self._past_names)
+        lease = self._pools.setdefault(size, Pool(size)).lend()
         start = lease.buffer.pointer
-        return tuple(DeviceTensor(start + i * step, shape, self._kv_type, lease) for i in range(len(self._past_names)))
+        return tuple(
+            replace(tensor, pointer=start + i * tensor.size, owner=lease) for i in range(len(self._past_names))
+        )
+
+    def _key_value(self, rows: int, length: int) -> DeviceTensor:
+        text = self.config.text
+        shape = (rows, text.num_kv_heads, length, text.head_dim)
+        return DeviceTensor(self._nothing.pointer, shape, self._kv_type, self._nothing)
 
     def _absent_slow(self) -> KeyValues:
         """Return K/V of one token that no position attends to: an engine takes no empty tensor here."""
@@ -286,7 +296,7 @@ class TensorRTBackend(Backend):
     def _allocate(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
         """Allocate memory of its own, for a tensor that outlives the call."""
         dtype = engine.types[name]
-        buffer = _Owned(int(np.prod(shape)) * dtype.itemsize)
+        buffer = OwnedBuffer(int(np.prod(shape)) * dtype.itemsize)
         return DeviceTensor(buffer.pointer, tuple(shape), dtype, buffer)
 
     def _reuse(self, engine: Engine, name: str, shape: tuple[int, ...]) -> DeviceTensor:
@@ -294,7 +304,7 @@ class TensorRTBackend(Backend):
         dtype, key = engine.types[name], (engine.name, name)
         size = max(int(np.prod(s)) for s in (shape, *engine.max_shapes(name))) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].size < size:
-            self._buffers[key] = _Owned(size)
+            self._buffers[key] = OwnedBuffer(size)
         return DeviceTensor(self._buffers[key].pointer, tuple(shape), dtype, self._buffers[key])
 
     def _upload(self, engine: Engine, name: str, array: np.ndarray) -> DeviceTensor:

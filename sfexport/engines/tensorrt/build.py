@@ -40,7 +40,7 @@ class TensorRTOptions:
 
     Attributes:
         target: the machine to build for; None: this one, whatever it is.
-        question_tokens, new_tokens, frames: see Limits; frames None: the bundle's own.
+        question_tokens, new_tokens, rows, frames: see Limits; frames None: the bundle's own.
         kernels: directory of compiled kernels; None: compile them with Triton.
         optimization_level: TensorRT's, 0 to 5; None: its default.
     """
@@ -49,6 +49,7 @@ class TensorRTOptions:
     frames: int | None = None
     question_tokens: int | None = None
     new_tokens: int | None = None
+    rows: int | None = None
     kernels: Path | None = None
     optimization_level: int | None = None
 
@@ -62,7 +63,7 @@ class TensorRTOptions:
         return self._limits(bundle.frames)
 
     def _limits(self, frames: int) -> Limits:
-        given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens}
+        given = {"question_tokens": self.question_tokens, "new_tokens": self.new_tokens, "rows": self.rows}
         frames = frames if self.frames is None else self.frames
         return Limits(frames, **{k: v for k, v in given.items() if v is not None})
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -97,6 +98,19 @@ def device_sm(device: int = 0) -> int:
     return 10 * int(major) + int(minor)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Pieces of device memory at equal distances.
+
+    Attributes:
+        pointer: address of the first piece.
+        pitch: bytes from one piece to the next.
+    """
+
+    pointer: int
+    pitch: int
+
+
 class Stream:
     """A CUDA stream. `handle` is the integer that TensorRT takes."""
 
@@ -114,6 +128,15 @@ class Stream:
     def to_host(self, array: np.ndarray, pointer: int) -> None:
         """Copy device memory into a contiguous host array. It is there after synchronize."""
         call("cuMemcpyDtoHAsync", array.ctypes.data, pointer, array.nbytes, self._stream)
+
+    def copy_rows(self, to: Rows, source: Rows, count: int, size: int) -> None:
+        """Copy `count` pieces of `size` bytes from one place of device memory to another."""
+        copy = bindings().CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = bindings().CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.dstDevice, copy.dstPitch = to.pointer, to.pitch
+        copy.srcDevice, copy.srcPitch = source.pointer, source.pitch
+        copy.WidthInBytes, copy.Height = size, count
+        call("cuMemcpy2DAsync", copy, self._stream)
 
     def close(self) -> None:
         call("cuStreamDestroy", self._stream)
