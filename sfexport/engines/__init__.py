@@ -1,1 +1,1 @@
-"""Backends that run the three graphs behind one interface, and building them. No backend library is imported here."""
+"""Run the three graphs with a backend, and build engines for it. No backend library is imported here."""

@@ -1,4 +1,4 @@
-"""Bundle -> engine directory, and opening one. Knows the backends by name and imports each only when asked for."""
+"""Build an engine directory from a bundle, and open one. Backends are imported by name, when they are asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BACKENDS = ("onnxruntime", "tensorrt", "torch")
 
 
 def choose_backend(name: str) -> str:
-    """'auto' is TensorRT where it is installed beside an NVIDIA driver, else ONNX Runtime.
+    """Return a backend's name: for 'auto' TensorRT where it is installed beside an NVIDIA driver, else ONNX Runtime.
 
     Raises:
         InputError: an unknown name.
@@ -50,7 +50,8 @@ def check_backend(backend: str, precision: str = "auto", tensorrt: TensorRTOptio
     """Refuse a build that cannot end well on this machine before a checkpoint is exported for it.
 
     Args:
-        backend: as choose_backend gives it. precision: 'auto', or what the export is asked for.
+        backend: name, as choose_backend returns it.
+        precision: 'auto', or the precision that the export is asked for.
 
     Raises:
         MissingDependency, SfexportError: the backend's library, a driver or a GPU is not there.
@@ -68,7 +69,7 @@ def check_backend(backend: str, precision: str = "auto", tensorrt: TensorRTOptio
 
 
 def runtime_version(backend: str) -> str:
-    """The installed version of a backend's library; MissingDependency where it is not installed."""
+    """Return the installed version of a backend's library; raises MissingDependency where it is not installed."""
     if backend == "torch":
         from sfexport.engines import torch_backend
 
@@ -83,7 +84,7 @@ def runtime_version(backend: str) -> str:
 
 
 def engine_name(backend: str, target: str | None = None) -> str:
-    """Directory name of an engine set: <target>-<runtime>-<version>. TensorRT's default target is this machine."""
+    """Return an engine directory's name: <target>-<runtime>-<version>. TensorRT's default target is this machine."""
     if backend == "tensorrt" and target is None:
         from sfexport.machines.machine import detect_machine
         from sfexport.machines.targets import match_machine
@@ -109,8 +110,8 @@ def build(
 
     Args:
         force: build even if the memory estimate says that it will not fit.
-        tensorrt: how TensorRT engines are built; other backends take no notice.
-        on_progress: called with TensorRT's phase, its steps done and in all.
+        tensorrt: options of a TensorRT build; other backends ignore them.
+        on_progress: called with TensorRT's phase, its steps done and its steps in all.
 
     Raises:
         SfexportError: the runtime refuses a graph, or the weights do not fit into memory.
@@ -239,7 +240,7 @@ def open_backend(engines: Engines) -> Backend:
 
 
 def _open_tensorrt(engines: Engines) -> Backend:
-    """Raises BundleError for engines of another GPU, SfexportError where there is no driver."""
+    """Load TensorRT engines. Raises BundleError for those of another GPU, SfexportError where there is no driver."""
     from sfexport.engines.tensorrt.backend import TensorRTBackend
     from sfexport.engines.tensorrt.cuda import device_sm
     from sfexport.engines.tensorrt.library import check_driver, library

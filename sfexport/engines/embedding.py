@@ -1,4 +1,4 @@
-"""Token embeddings, read row by row from the mapped shard: the table stays outside the decoder graph."""
+"""Read token embeddings row by row from the mapped shard: the table stays outside the decoder graph."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sfexport.errors import InputError
 
 
 class EmbeddingTable:
-    """Ids in, float32 rows out. Costs no memory but the rows' own pages."""
+    """Returns the embeddings of token ids. Takes no memory but the rows' own pages."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 [n, H].
+        """Return the embeddings, float32 [n, H].
 
         Raises:
             InputError: an id outside the table.

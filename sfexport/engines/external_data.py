@@ -1,4 +1,4 @@
-"""Where a graph's weights lie, checked before any of them is read: nothing but the bundle's own weight files."""
+"""Check that a graph's weights lie in the bundle's own weight files, before any of them is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _T = onnx.TensorProto
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`length` bytes at `offset` of `file`; dtype: onnx's number of it."""
+    """A tensor that is stored as `length` bytes at `offset` of `file`; `dtype` is ONNX's number."""
 
     name: str
     dtype: int
@@ -30,7 +30,7 @@ class StoredTensor:
 
 
 def stored_tensors(graph: Path, bundle: Bundle) -> list[StoredTensor]:
-    """A graph's tensors that lie in other files; none where the graph cannot be read, which the runtime says better.
+    """List a graph's tensors that lie in other files; none if the graph cannot be read: the runtime reports that.
 
     Raises:
         BundleError: one lies outside the bundle's weight files, or its place does not fit its shape.
@@ -49,7 +49,7 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def _hidden(model: onnx.ModelProto) -> Iterator[str]:
-    """Names of tensors with external data, and of graphs, that are not where our graphs have them."""
+    """List tensors with external data, and graphs, in places where sfexport's graphs have none."""
     for sparse in model.graph.sparse_initializer:
         yield sparse.values.name
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]

@@ -1,4 +1,4 @@
-"""Weights in huge pages: starting a command again with an allocator that asks for them.
+"""Start a command again with an allocator that asks for huge pages, for the weights.
 
 Decoding on a CPU streams all weights through memory for every token, and in pages of 4 KB the processor's address
 lookups hold it back: with 2 MB pages the full-size INT4 decoder was 1.05 to 1.3 times as fast

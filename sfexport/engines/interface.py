@@ -1,4 +1,4 @@
-"""The interface of a backend: three graphs as three calls on NumPy arrays, and the arrays that each graph takes.
+"""Define the interface of a backend: three graphs as three calls on NumPy arrays, and the arrays that each graph takes.
 
 K/V stay where the backend keeps them.
 """
@@ -86,12 +86,12 @@ class DecoderStep:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [rows], numbers of valid positions in the cache."""
+        """Numbers of valid positions in the cache, int64 [rows]."""
         return np.zeros(self.rows, dtype=np.int64) if self.cache is None else self.cache.lengths
 
     @property
     def positions(self) -> np.ndarray:
-        """int64 [rows, S], the positions of the embeddings."""
+        """Positions of the embeddings, int64 [rows, S]."""
         start = self.lengths + (self.prefix.length if self.prefix else 0)
         return start[:, None] + np.arange(self.inputs_embeds.shape[1], dtype=np.int64)
 

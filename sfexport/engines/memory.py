@@ -1,4 +1,4 @@
-"""How much memory building and running engines takes, computed from the graphs. Estimates, labelled so.
+"""Estimate the memory of building and running engines from the graphs.
 
 Activations are the most bytes alive at once if every node's output were kept until its last use; an engine that fuses
 nodes needs less.
@@ -33,7 +33,7 @@ HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes of one graph: weights, in its own type or as integers; activations at the largest shapes of any profile."""
+    """Bytes of one graph's weights (in its own type or as integers) and activations (at the largest shapes)."""
 
     name: str
     weights: int
@@ -42,12 +42,14 @@ class GraphMemory:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes; see the module.
+    """Estimated bytes; the module says how they are computed.
 
     Attributes:
-        text_key_values: all sets. slow_key_values: of one video.
-        run: everything on the GPU while answering. build_device, build_host: on the GPU and beside it while the
-            largest graph is built.
+        text_key_values: text K/V of the video's prefix and of all rows.
+        slow_key_values: slow K/V of one video.
+        run: everything on the GPU while answering.
+        build_device: memory on the GPU while the largest graph is built.
+        build_host: memory of the host while the largest graph is built.
     """
 
     graphs: tuple[GraphMemory, ...]
@@ -59,7 +61,7 @@ class MemoryEstimate:
 
     @property
     def build(self) -> int:
-        """Where CPU and GPU share one memory."""
+        """Bytes of a build where CPU and GPU share one memory."""
         return self.build_device + self.build_host
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +69,11 @@ class MemoryEstimate:
 
 
 def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryEstimate:
-    """Args: `mapped_weights`: the parser reads weights where they lie in the file (TensorRT 10.13 and later)."""
+    """Estimate the memory of building and running a bundle's engines.
+
+    Args:
+        mapped_weights: the parser reads weights where they lie in the file (TensorRT 10.13 and later).
+    """
     width = Precision(bundle.precision).nbytes
     graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
@@ -77,7 +83,13 @@ def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], m
 
 
 def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryEstimate:
-    """Args: `text`, `slow`: bytes of K/V. `mapped_weights`: see estimate_memory."""
+    """Add up the memory of graphs and K/V.
+
+    Args:
+        text: bytes of text K/V.
+        slow: bytes of slow K/V.
+        mapped_weights: as in estimate_memory.
+    """
     weights, largest = sum(g.weights for g in graphs), max(g.activations for g in graphs)
     run = weights + largest + text + slow + RUNTIME_OVERHEAD
     host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
@@ -93,7 +105,7 @@ def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width:
 
 
 def _activations(model: onnx.ModelProto, profile: Profile) -> int:
-    """Most bytes alive at once with every tensor at its largest shape."""
+    """Compute the largest number of bytes alive at once, with every tensor at its largest shape."""
     sizes = _sizes(model, profile)
     last_use: dict[str, int] = {}
     for i, node in enumerate(model.graph.node):
@@ -111,7 +123,7 @@ def _activations(model: onnx.ModelProto, profile: Profile) -> int:
 
 
 def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
-    """Bytes of every value that a node makes of the inputs. Casts of weights are folded when building: not counted."""
+    """Compute the bytes of every value that depends on the inputs. A build folds casts of weights: not counted."""
     fixed = _with_shapes(model, profile)
     _fold_integers(fixed)
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
@@ -157,13 +169,13 @@ def _evaluate(node: onnx.NodeProto, values: Mapping[str, np.ndarray], opsets: An
 
 
 def _stored_bits(onnx_type: int, width: int) -> int:
-    """Bits of one weight of a graph: integer codes as they are stored, all others `width`, as the graph's type."""
+    """Return the bits of one weight: integer codes are kept as stored, all others take the graph's `width`."""
     bits = from_onnx(onnx_type).bits
     return bits if bits <= 8 else width
 
 
 def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
-    """The graph with concrete inputs and outputs, weights as inputs: no file is read."""
+    """Return the graph with concrete inputs and outputs, and weights as inputs: no file is read."""
     out = onnx.ModelProto()
     out.CopyFrom(model)
     largest = {t.name: t.max for t in profile.tensors}
@@ -197,7 +209,7 @@ def check_weights_fit(bundle: Bundle, backend: str) -> None:
 
 
 def physical_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Return the bytes of this machine's memory; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: the default, on any laptop's CPU and, where a driver is present, on CUDA.
+"""Run engines with ONNX Runtime: the default, on any laptop's CPU and, where a driver is present, on CUDA.
 
 The only file that imports onnxruntime.
 """
@@ -39,7 +39,7 @@ def _library() -> Any:
 
 
 def runtime_version() -> str:
-    """The installed version, without importing the library; MissingDependency where there is none."""
+    """Return the installed version, without importing the library; raises MissingDependency where there is none."""
     for name in ("onnxruntime-gpu", "onnxruntime"):
         try:
             return importlib.metadata.version(name)
@@ -49,7 +49,7 @@ def runtime_version() -> str:
 
 
 def providers() -> list[str]:
-    """CUDA where the build has it and a driver is loaded (it would only warn otherwise), then the CPU."""
+    """List execution providers: CUDA if the build has it and a driver is loaded (else it only warns), then the CPU."""
     driver = any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvhost-gpu"))
     has_cuda = driver and "CUDAExecutionProvider" in _library().get_available_providers()
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if has_cuda else ["CPUExecutionProvider"]
@@ -69,7 +69,7 @@ def check_precision(precision: str) -> None:
 
 
 def open_session(graph: Path, weights_directory: Path) -> Any:
-    """A session on a graph whose external data lies in `weights_directory`.
+    """Open a session on a graph whose external data lies in `weights_directory`.
 
     The graph is handed over as bytes: read by path, ONNX Runtime would search the file's own directory only.
 
@@ -92,7 +92,7 @@ def open_session(graph: Path, weights_directory: Path) -> Any:
 
 
 def _open_beside_links(ort: Any, graph: Path, weights: Path) -> Any:
-    """For ONNX Runtime 1.20, which ignores the folder option and still follows links: both in one directory."""
+    """Open a graph beside links to its weights: ONNX Runtime 1.20 ignores the folder option and follows links."""
     with TemporaryDirectory() as folder:
         try:
             for file in weights.iterdir():
@@ -142,7 +142,11 @@ class _Cache(Cache):
 
 
 class OnnxRuntimeBackend(Backend):
-    """Args: `graphs` holds the three .onnx files, `weights_directory` the shards they point into.
+    """Runs the three graphs in ONNX Runtime.
+
+    Args:
+        graphs: directory of the three .onnx files.
+        weights_directory: directory of the shards that they point into.
 
     K/V stay in the graphs' type, float32 or float16; all else is float32 outside.
     """
@@ -197,7 +201,7 @@ class OnnxRuntimeBackend(Backend):
         return KeyValues(tuple(self._float(a) for a in arrays), arrays[0].shape[2])
 
     def _values(self, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Values of a graph's inputs: frame and cell weights stay float32, other floats get the graphs' own type."""
+        """Make a graph's inputs: frame and cell weights stay float32, other floats get the graphs' own type."""
         plain = (names.FRAME_WEIGHTS, names.CELL_WEIGHTS)
         return {
             name: self._float(array) if array.dtype == np.float32 and name not in plain else self._value(array)
@@ -205,7 +209,7 @@ class OnnxRuntimeBackend(Backend):
         }
 
     def _float(self, array: np.ndarray) -> Any:
-        """A value in the graphs' own type."""
+        """Make a value in the graphs' own type."""
         return self._value(array.astype(self._dtype, copy=False))
 
     def _value(self, array: np.ndarray) -> Any:

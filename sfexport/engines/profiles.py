@@ -1,4 +1,4 @@
-"""Concrete shapes for every dynamic tensor: what an engine accepts, from how many frames and tokens are wanted."""
+"""Compute the shapes that an engine accepts for every dynamic tensor, from the numbers of frames and tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Range = tuple[int, int, int]  # min, opt, max
 
 @dataclass(frozen=True)
 class Limits:
-    """What engines are built for.
+    """The sizes that engines are built for.
 
     Attributes:
         frames: largest number of frames of a video.
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TensorProfile:
-    """Shapes of one tensor: the smallest, the one to tune for, the largest."""
+    """Shapes of one tensor in a profile: the smallest, the one to tune for, the largest."""
 
     name: str
     dtype: str
@@ -82,7 +82,7 @@ def resolve_profiles(bundle: Bundle, limits: Limits) -> dict[str, list[Profile]]
 
 
 def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dict[str, Range]]]:
-    """graph -> profile -> symbolic dimension -> range."""
+    """Return the range of every symbolic dimension, by graph and profile."""
     config, frames = bundle.config, limits.frames
     cells, picture_cells = (bundle.tokens_per_frame(single_image=x) for x in (False, True))
     compress = {VIDEO: _compressor_ranges(config.slow_fast.fast, 1, frames, cells)}
@@ -98,7 +98,7 @@ def _dimension_ranges(bundle: Bundle, limits: Limits) -> dict[str, dict[str, dic
 
 
 def _compressor_ranges(fast: FastPathConfig, fewest: int, frames: int, cells: int) -> dict[str, Range]:
-    """For `fewest` to `frames` frames of `cells` tokens each."""
+    """Return the compressor's ranges for `fewest` to `frames` frames of `cells` tokens each."""
     counts = range(fewest, frames + 1)
     fast_frames = [len(source_frames(n, fast)) for n in counts]
     fast_tokens = [fast_token_count(n, cells, fast) for n in counts]

@@ -1,4 +1,4 @@
-"""The PyTorch backend: the oracle that engines are compared with, always in float32.
+"""Run the PyTorch model as a backend: the reference that engines are compared with, always in float32.
 
 The only file of engines/ that imports torch and sfexport.model.
 """
@@ -33,7 +33,7 @@ def runtime_version() -> str:
 
 
 def load_model(checkpoint: Path) -> Any:
-    """The model in float32, in evaluation mode, of the weights that transformers loads from the directory.
+    """Load the model in float32, in evaluation mode, with the weights that transformers loads from the directory.
 
     Of config.json only the fields that say what is computed are used: none that names a dtype, an implementation of
     attention or code.
@@ -77,7 +77,7 @@ def load_model(checkpoint: Path) -> Any:
 
 
 def _plain_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """All weights in float32 where some are stored in 4 bits (GPTQ, AWQ), which transformers reads on a GPU alone.
+    """Read all weights in float32 where some are stored in 4 bits (GPTQ, AWQ), which transformers reads on a GPU alone.
 
     None for an ordinary checkpoint. Raises CheckpointError for another method.
     """
@@ -117,7 +117,11 @@ class _Cache(Cache):
 
 
 class TorchBackend(Backend):
-    """Args: `checkpoint` is the checkpoint directory."""
+    """Runs the PyTorch model.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+    """
 
     name = RUNTIME
 
@@ -126,7 +130,7 @@ class TorchBackend(Backend):
         self.config = self.lm.config.model_config
 
     def use_rounded(self, matrices: Iterable[RoundedMatrix]) -> None:
-        """Compute with these in the places of the checkpoint's own."""
+        """Compute with these matrices in place of the checkpoint's own."""
         import torch
 
         head, table = self.lm.lm_head, self.lm.model.embed_tokens
@@ -165,7 +169,7 @@ class TorchBackend(Backend):
         return fast, KeyValues(tensors, len(flat))
 
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
-        """Compute one row after the other, over K/V that are put together anew: plain, as a reference should be."""
+        """Compute one row after the other, over K/V that are concatenated anew."""
         import torch
 
         rows = [self._decode_row(step, row) for row in range(step.rows)]

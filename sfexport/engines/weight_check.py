@@ -32,7 +32,7 @@ _ANNOUNCED_BYTES = 1 << 30  # weights of more bytes take seconds to read: on_ste
 
 @dataclass(frozen=True)
 class _Span:
-    """Some bytes of a weight file; name and format of the floats in them, or None for other bytes."""
+    """A range of bytes of a weight file; name and format of the floats in them, or None for other bytes."""
 
     offset: int
     length: int
@@ -71,7 +71,7 @@ def check_weights(bundle: Bundle, on_step: OnStep = no_step) -> dict[str, Any]:
 
 
 def _floats(bundle: Bundle) -> Iterator[tuple[_Span, str]]:
-    """Spans of floats that the graphs compute with, and of the embedding table; each with its file's name."""
+    """Yield the spans of floats that the graphs compute with, and of the embedding table; each with its file's name."""
     for graph in GRAPHS:
         for tensor in stored_tensors(bundle.graph_file(graph), bundle):
             if dtype := Precision.from_onnx(tensor.dtype):
@@ -99,7 +99,7 @@ def _check_file(file: Path, spans: list[_Span], bundle: Bundle, pool: ThreadPool
 
 
 def _pieces(spans: list[_Span], size: int) -> Iterator[_Span]:
-    """The whole file in pieces of bounded length, each either floats of one tensor or other bytes.
+    """Cut the whole file into pieces of bounded length, each either floats of one tensor or other bytes.
 
     Where tensors overlap, which only a shared table does, the bytes belong to the one that begins first.
     """
@@ -132,7 +132,7 @@ def _settle(span: _Span, result: Future[tuple[str, str] | None], file: Path) -> 
 
 
 def _problem(data: bytes, dtype: Precision, half: bool) -> tuple[str, str] | None:
-    """(what is wrong, what to do about it), or None."""
+    """Return (what is wrong, what to do about it), or None."""
     exponent = dtype.exponent_mask
     values = np.frombuffer(data, exponent.dtype, len(data) // exponent.itemsize)
     # Without the sign, numbers are in the order of their bits: infinity and NaN are largest.

@@ -1,1 +1,1 @@
-"""The cross-attention kernel in Triton: its maths, its launches, and ahead-of-time compilation without a GPU."""
+"""Compute, launch and compile the cross-attention kernel in Triton, ahead of time and without a GPU."""

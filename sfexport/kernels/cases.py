@@ -1,4 +1,4 @@
-"""Cases for the kernel: shapes, masks and lengths, drawn at random or swept, and the float64 answer. NumPy only."""
+"""Make cases for the kernel (shapes, masks and lengths, random or swept) and their float64 answers. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LARGEST = 700  # slow tokens of a random case: the interpreter is slow, and spli
 
 @dataclass(frozen=True)
 class Case:
-    """One call.
+    """One call of the kernel.
 
     Attributes:
-        slow: length of the K/V tensors. lengths: slow tokens of each sample (up to `slow`); one length: all samples
-            share one K/V.
+        slow: length of the K/V tensors.
+        lengths: slow tokens of each sample (up to `slow`); one length: all samples share one K/V.
         mask: which positions attend, one of MASKS. multiprocessors, sm: decide tiles and splits.
         scale: standard deviation of the scores: large ones make the softmax pick single tokens.
     """
@@ -76,7 +76,7 @@ def random_case(rng: np.random.Generator) -> Case:
 
 
 def swept_cases() -> Iterator[Case]:
-    """Every group size, head size, mask and kind of length, in both types."""
+    """Yield cases of every group size, head size, mask and kind of length, in both types."""
     lengths = {"0": (0, (0, 0)), "1": (1, (1, 1)), "odd": (131, (131, 77)), "large": (515, (515, 0))}
     for dtype in DTYPES:
         for group in range(1, 9):
@@ -93,7 +93,7 @@ def swept_cases() -> Iterator[Case]:
 
 
 def make_tensors(case: Case) -> Tensors:
-    """Fresh normal numbers; K and V beyond a sample's length are NaN: they must not be read into the result."""
+    """Draw normal numbers; K and V beyond a sample's length are NaN: they must not be read into the result."""
     rng = np.random.default_rng(case.seed)
     heads, width = case.group * case.kv_heads, case.head_dim
     query = rng.standard_normal((case.batch, heads, case.sequence, width)).astype(np.float32)
@@ -119,7 +119,7 @@ def _mask(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 
 def reference(tensors: Tensors) -> np.ndarray:
-    """The node's definition in float64: [B, S, heads * d]."""
+    """Compute the node's definition in float64: [B, S, heads * d]."""
     query, key, value = (x.astype(np.float64) for x in (tensors.query, tensors.key, tensors.value))
     batch, heads, sequence, width = query.shape
     group = heads // key.shape[1]

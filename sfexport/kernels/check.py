@@ -27,7 +27,7 @@ LIMITS = {Precision.FP32: 1e-5, Precision.FP16: 1e-3, Precision.BF16: 1e-2}
 
 
 def run_case(case: Case, device: str) -> float:
-    """Relative error of a case; inf where the result is not finite or not zero where it must be."""
+    """Return the relative error of a case; inf where the result is not finite or not zero where it must be."""
     import torch
 
     from sfexport.kernels.launch import cross_attention
@@ -50,7 +50,7 @@ def run_case(case: Case, device: str) -> float:
 
 
 def check(cases: Iterable[Case], device: str) -> dict[str, object]:
-    """Worst error by type, the number of cases, and the cases that fail."""
+    """Return the worst error by type, the number of cases, and the cases that fail."""
     worst: dict[str, float] = {}
     failed, count = [], 0
     for case in cases:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: Triton kernel -> PTX for a given GPU, on a machine without one.
+"""Compile a Triton kernel ahead of time to PTX for a given GPU, on a machine without one.
 
 Triton's own launcher passes two more pointers than the kernel declares (global and profile scratch); ours are of
 size 0 and unused, so they are removed from the PTX for launchers that do not pass them.
@@ -48,7 +48,10 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-        name: its entry point. ptx: text, for `sm`. threads: per block. shared: dynamic shared memory, bytes.
+        name: the entry point.
+        ptx: the text, for `sm`.
+        threads: number of threads per block.
+        shared: dynamic shared memory in bytes.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of a kernel: registers per thread, bytes of static shared memory, bytes spilled."""
+    """A kernel's resources by ptxas: registers per thread, bytes of static shared memory, bytes spilled."""
 
     registers: int
     static_shared: int
@@ -75,7 +78,7 @@ def triton_version() -> str:
 
 
 def _triton() -> Any:
-    """Raises MissingDependency where there is none, it is too old or it does not load."""
+    """Import triton. Raises MissingDependency where there is none, it is too old or it does not load."""
     try:
         import triton
     except Exception as error:
@@ -88,11 +91,12 @@ def _triton() -> Any:
 
 @cache
 def compile_kernels(dtype: str, head_dim: int, sm: int, ptx_isa: int) -> tuple[Kernel, Kernel]:
-    """cross_attention_split and cross_attention_combine.
+    """Compile cross_attention_split and cross_attention_combine.
 
     Args:
         dtype: 'fp16', 'bf16' or 'fp32', of query, key, value and output.
-        sm: compute capability times 10. ptx_isa: newest PTX version the target's driver takes, times 10.
+        sm: compute capability times 10.
+        ptx_isa: newest PTX version that the target's driver takes, times 10.
 
     Raises:
         InputError: no such kernel. MissingDependency: triton. SfexportError: it does not compile.
@@ -124,7 +128,7 @@ def _compile(
 def _run_triton(
     triton: Any, name: str, constants: dict[str, int], warps: int, stages: int, dtype: str, sm: int, ptx_isa: int
 ) -> tuple[int, Any]:
-    """The number of a kernel's parameters, and what Triton makes of it."""
+    """Return the number of a kernel's parameters, and Triton's compiled kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -143,7 +147,7 @@ def _run_triton(
 
 
 def without_scratch(ptx: str, name: str, parameters: int) -> str:
-    """The PTX of kernel `name` with only its first `parameters` parameters.
+    """Return the PTX of kernel `name` with only its first `parameters` parameters.
 
     Raises:
         SfexportError: one that would be removed is used.
@@ -175,7 +179,7 @@ def _directive(name: str, ptx: str) -> str:
 
 
 def find_ptxas(sm: int) -> str | None:
-    """NVIDIA's assembler: Triton brings one, a CUDA toolkit too. None where there is neither."""
+    """Find NVIDIA's assembler, Triton's own or a CUDA toolkit's; None where there is neither."""
     try:
         bundled = Path(_triton().__file__).parent / "backends/nvidia/bin"
     except SfexportError:

@@ -1,4 +1,4 @@
-"""Gated cross-attention's core as two Triton kernels: softmax(q k^T) v over the slow tokens.
+"""Compute the core of gated cross-attention, softmax(q k^T) v over the slow tokens, in two Triton kernels.
 
 `cross_attention_split` lets several programs share one row tile's slow tokens; each writes its share's context and
 log-sum-exp. `cross_attention_combine` weighs the shares. Two launches, because one without workspace cannot fill a

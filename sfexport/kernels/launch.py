@@ -1,4 +1,4 @@
-"""Running the kernels on torch tensors: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+"""Run the kernels on torch tensors: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
 
 For tests, checks and benchmarks; engines launch the compiled PTX themselves.
 """
@@ -31,11 +31,14 @@ def cross_attention(
     multiprocessors: int,
     poison: bool = True,
 ) -> torch.Tensor:
-    """context [B, S, heads * d] in query's type, as the node CrossAttention defines it.
+    """Return the context [B, S, heads * d] in query's type, as the node CrossAttention defines it.
 
     Args:
-        query: [B, heads, S, d], times 1/sqrt(d). key, value: [N, kv heads, T, d]. All contiguous.
-        attends: bool or int32 [B, S]. lengths: int64 [N]. N is B, or 1: all have the same slow tokens.
+        query: [B, heads, S, d], times 1/sqrt(d); contiguous, as key and value.
+        key: [N, kv heads, T, d]; N is B, or 1: all have the same slow tokens.
+        value: the key's shape.
+        attends: bool or int32 [B, S].
+        lengths: int64 [N].
         multiprocessors: how many programs to make: the GPU's count, or any number for a test.
         poison: fill outputs with NaN first, so that reading what no program wrote shows.
     """

@@ -1,4 +1,4 @@
-"""How the cross-attention kernels are launched: tile sizes by type and GPU, grids, the number of splits.
+"""Configure the launches of the cross-attention kernels: tile sizes by type and GPU, grids, the number of splits.
 
 Written once for plain integers and for TensorRT's symbolic dimensions.
 """
@@ -24,11 +24,13 @@ COMBINE_WARPS = 4
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one program of cross_attention_split works on.
+    """The part that one program of cross_attention_split works on.
 
     Attributes:
-        rows: query rows (positions times heads of a group). tokens: slow tokens per step.
-        warps: of 32 threads. stages: steps whose loads are in flight.
+        rows: query rows (positions times heads of a group).
+        tokens: slow tokens per step.
+        warps: number of warps, of 32 threads each.
+        stages: number of steps whose loads are in flight.
     """
 
     rows: int
@@ -38,7 +40,7 @@ class Tiles:
 
 
 def tiles_for(dtype: str, head_dim: int, sm: int) -> Tiles:
-    """The largest tiles that need no more than 48 KB of shared memory and spill no register.
+    """Return the largest tiles that need no more than 48 KB of shared memory and spill no register.
 
     Measured by benchmarks/kernel_resources.py.
 
@@ -105,7 +107,7 @@ class LaunchConfig:
 
 
 def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors: int) -> Shapes:
-    """cross_attention_split's outputs for query [B, heads, S, d] and key [B or 1, kv heads, T, d].
+    """Return the shapes of cross_attention_split's outputs for query [B, heads, S, d] and key [B or 1, kv heads, T, d].
 
     partial [B * kv heads, splits, group * S, d] and logsumexp, the same without d. Row tiles of all heads and samples
     come first; what they leave of the GPU is filled by splitting the slow tokens, down to SMALLEST_SHARE each.
@@ -120,19 +122,19 @@ def split_outputs(arithmetic: Arithmetic, query: Any, key: Any, multiprocessors:
 
 
 def split_launch(arithmetic: Arithmetic, query: Any, key: Any, tiles: Tiles, multiprocessors: int) -> LaunchConfig:
-    """cross_attention_split's launch for query [B, heads, S, d] and key [B or 1, kv heads, T, d]."""
+    """Return cross_attention_split's launch for query [B, heads, S, d] and key [B or 1, kv heads, T, d]."""
     (pairs, splits, rows, _), _ = split_outputs(arithmetic, query, key, multiprocessors)
     grid = (arithmetic.cdiv(rows, tiles.rows), splits, pairs)
     return LaunchConfig(grid, arguments=(query[2], rows, key[2], key[1], key[0]))
 
 
 def combine_outputs(arithmetic: Arithmetic, query: Any) -> Shapes:
-    """cross_attention_combine's output for query [B, heads, S, d]: [B, S, heads * d]."""
+    """Return the shape of cross_attention_combine's output for query [B, heads, S, d]: [B, S, heads * d]."""
     return ((query[0], query[2], arithmetic.product(query[1], query[3])),)
 
 
 def combine_launch(arithmetic: Arithmetic, query: Any, partial: Any) -> LaunchConfig:
-    """cross_attention_combine's launch for query [B, heads, S, d] and cross_attention_split's partial."""
+    """Return cross_attention_combine's launch for query [B, heads, S, d] and cross_attention_split's partial."""
     batch, heads, sequence = (query[i] for i in range(3))
     grid = (arithmetic.cdiv(sequence, COMBINE_POSITIONS), heads, batch)
     return LaunchConfig(grid, arguments=(sequence, partial[1], arithmetic.floordiv(partial[2], sequence)))

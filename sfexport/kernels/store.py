@@ -1,4 +1,4 @@
-"""Compiled kernels in a directory: made on one machine, used on another that has no Triton."""
+"""Store compiled kernels in a directory: made on one machine, used on another that has no Triton."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StoredKernels:
     """A kernel source that reads such a directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises InputError for a directory that holds no kernels, BundleError for a damaged one."""
+        """Open a directory. Raises InputError if it holds no kernels, BundleError if it is damaged."""
         if not (directory / INDEX).is_file():
             raise InputError(
                 f"{directory} holds no compiled kernels (no {INDEX}).", "sfexport build --check -o DIR writes them."
@@ -48,7 +48,7 @@ class StoredKernels:
         self._directory = directory
 
     def __call__(self, dtype: str, head_dim: int, sm: int, ptx_isa: int) -> tuple[Kernel, Kernel]:
-        """As compile_kernels. Raises InputError where the directory lacks them or they are too new for the driver."""
+        """Return kernels as compile_kernels does. Raises InputError where they are absent or too new for the driver."""
         found = [k for k in self._kernels if (k.dtype, k.head_dim, k.sm) == (dtype, head_dim, sm)]
         found = [k for k in found if float(ptx_version(k.ptx)) * 10 <= ptx_isa + 0.5]
         by_name = {k.name: k for k in found}

@@ -1,1 +1,1 @@
-"""TensorRT: checks, builds, plugins and the runtime."""
+"""Check and build engines for TensorRT, register its plugins, and run engines."""

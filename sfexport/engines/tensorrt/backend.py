@@ -38,7 +38,7 @@ _LIMITS = {
 
 
 def numpy_type(tensorrt_type: Any) -> np.dtype:
-    """NumPy's type for a tensor's; bfloat16 is ml_dtypes'."""
+    """Return NumPy's type for a tensor's; bfloat16 is ml_dtypes'."""
     return from_tensorrt(tensorrt_type.name).numpy
 
 
@@ -46,7 +46,7 @@ class Engine:
     """Run one deserialised engine with one execution context."""
 
     def __init__(self, trt: Any, runtime: Any, file: Path, logger: Any) -> None:
-        """Raises BundleError where TensorRT does not take the file."""
+        """Deserialise an engine file. Raises BundleError where TensorRT does not take it."""
         self._trt, self.name = trt, file.stem
         with file.open("rb") as stream:
             # Mapped: the file is as large as the model, and TensorRT copies what it needs to the GPU.

@@ -23,7 +23,7 @@ class DeviceTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Number of bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 

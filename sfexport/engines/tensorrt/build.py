@@ -1,4 +1,4 @@
-"""Bundle -> TensorRT engine files: what is checked first, the plugin or its fallback, one engine per graph.
+"""Build TensorRT engine files from a bundle: check first, register the plugin or fall back, build one engine per graph.
 
 TensorRT itself is driven in sfexport/engines/tensorrt/builder.py.
 """
@@ -36,7 +36,7 @@ from sfexport.versions import maps_weights
 
 @dataclass(frozen=True)
 class TensorRTOptions:
-    """What `sfexport build --backend tensorrt` is asked for.
+    """Options of `sfexport build --backend tensorrt`.
 
     Attributes:
         target: the machine to build for; None: this one, whatever it is.
@@ -54,7 +54,7 @@ class TensorRTOptions:
     optimization_level: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for a number without meaning, whatever is built in the end."""
+        """Check the numbers, whatever is built in the end. Raises InputError for one without meaning."""
         self._limits(1)
         if self.optimization_level is not None:
             whole_number(self.optimization_level, "--optimization-level", minimum=0, maximum=5)
@@ -115,7 +115,7 @@ def build_tensorrt(
 
 
 def check_machine(options: TensorRTOptions) -> tuple[Any, Machine, Gpu]:
-    """All of a build that can be refused before there is a bundle; the tensorrt module, this machine and its GPU.
+    """Check all that can be refused before there is a bundle; return the tensorrt module, this machine and its GPU.
 
     Raises:
         MissingDependency, SfexportError: TensorRT, cuda-python, the driver or a GPU are not there.
@@ -168,7 +168,7 @@ def check_build_memory(
 def memory_needs(
     estimate: MemoryEstimate, shared: bool, device_gb: float | None, host_gb: float | None
 ) -> list[tuple[str, float, float | None]]:
-    """(what, needed, available) in 10^9 bytes. `shared`: CPU and GPU have one memory, of which `host_gb` speaks."""
+    """List (what, needed, available) in 10^9 bytes. `shared`: CPU and GPU share one memory, of `host_gb`."""
     if shared:
         total = host_gb if host_gb is not None else device_gb
         return [("Building", estimate.build / 1e9, total), ("Answering", estimate.run / 1e9, total)]
@@ -182,7 +182,7 @@ def memory_needs(
 def _prepare_plugin(
     trt: Any, bundle: Bundle, gpu: Gpu, options: TensorRTOptions, on_step: OnStep
 ) -> tuple[str | None, tuple[Kernel, ...]]:
-    """Register the plugins; their kind and kernels, or None where the graph's own nodes must do.
+    """Register the plugins; return their kind and kernels, or None where the graph's own nodes are built instead.
 
     That is without Triton, and for a GPU or a head size that no kernel is made for.
 
@@ -213,7 +213,7 @@ def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSett
 
 
 def _graph_to_build(bundle: Bundle, name: str, kind: str | None, gpu: Gpu, directory: Path) -> Path:
-    """The bundle's own file, or its function-free sibling in `directory`."""
+    """Return the bundle's own file, or its function-free sibling in `directory`."""
     file = bundle.graph_file(name)
     if kind is None:
         return file

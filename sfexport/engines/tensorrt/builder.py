@@ -1,4 +1,4 @@
-"""ONNX graph -> serialised TensorRT engine: network, parser, profiles, configuration, timing cache, progress.
+"""Build a serialised TensorRT engine from an ONNX graph, with profiles, timing cache and progress.
 
 Uses the part of TensorRT's API that is the same from 10.3 to 11.4; what came later is asked for by name (hasattr).
 Networks are strongly typed: precision is the graph's own.
@@ -26,7 +26,7 @@ from sfexport.progress import OnProgress, OnStep, no_progress, no_step
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built.
+    """Options of a build.
 
     Attributes:
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: TensorRT's default.
@@ -150,7 +150,7 @@ def _address_of(memory: mmap.mmap) -> int:
 
 
 def _parser_problem(parser: Any, graph: Path, logger: Any) -> str:
-    """The parser's first error as one paragraph, with its node; of an error without a node, the log's reason too."""
+    """Return the parser's first error as one paragraph, with its node; without a node, also the log's reason."""
     if parser.num_errors == 0:
         return f"TensorRT cannot read {graph}: {_last(logger.errors)}"
     error = parser.get_error(0)
@@ -187,7 +187,7 @@ def _keep_timings(builder_config: Any, options: BuildOptions) -> None:
 
 
 def _make_profile(builder: Any, network: Any, wanted: Profile) -> Any:
-    """Raises SfexportError where the network's inputs are not those of the profile."""
+    """Make an optimisation profile. Raises SfexportError where the network's inputs are not those of the profile."""
     profile = builder.create_optimization_profile()
     found = {network.get_input(i).name for i in range(network.num_inputs)}
     for tensor in wanted.inputs():
@@ -227,7 +227,7 @@ def _make_monitor(trt: Any, on_progress: OnProgress) -> Any:
 
 
 def timing_cache_file(gpu: str, version: str) -> Path:
-    """Where timings are kept: one file per GPU model and TensorRT version."""
+    """Return the file that timings are kept in: one per GPU model and TensorRT version."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = "-".join(gpu.lower().split())
     return base / "sfexport" / f"timings-{name}-tensorrt-{version}.cache"

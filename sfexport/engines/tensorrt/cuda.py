@@ -1,4 +1,4 @@
-"""CUDA's driver API through cuda-python: memory, copies and launches, every call checked. No torch.
+"""Call CUDA's driver API through cuda-python: memory, copies and launches, every call checked. No torch.
 
 The only file that imports cuda-python (lazily). Used by the TensorRT backend and by the Python plugin.
 """
@@ -25,7 +25,7 @@ NO_DRIVER = "On a Jetson it comes with JetPack; elsewhere install NVIDIA's drive
 
 
 def bindings() -> Any:
-    """cuda-python's driver module, under the name that this version gives it."""
+    """Import cuda-python's driver module, under the name that this version gives it."""
     try:
         from cuda.bindings import driver
     except Exception as error:
@@ -39,7 +39,7 @@ def bindings() -> Any:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """One driver call; its result, or a tuple of its results, or None.
+    """Call a driver function; return its result, a tuple of its results, or None.
 
     Raises:
         SfexportError: there is no driver, or the call failed.
@@ -90,7 +90,7 @@ def initialise(device: int = 0) -> None:
 
 @cache
 def device_sm(device: int = 0) -> int:
-    """Compute capability times 10."""
+    """Return the compute capability times 10."""
     attribute = bindings().CUdevice_attribute
     handle = call("cuDeviceGet", device)
     major = call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
@@ -155,7 +155,7 @@ class Buffer:
 
 @cache
 def load_module(ptx: str, device: int) -> Any:
-    """A PTX text as a module of the device's primary context, compiled once: a plugin is cloned for every context."""
+    """Load a PTX text as a module of the device's primary context, once: a plugin is cloned for every context."""
     # The text must end with a zero byte.
     return call("cuModuleLoadData", ptx.encode() + b"\0")
 
@@ -164,7 +164,8 @@ class Function:
     """A kernel of a PTX text in the current context.
 
     Args:
-        threads: per block. shared: dynamic shared memory in bytes.
+        threads: number of threads per block.
+        shared: dynamic shared memory in bytes.
     """
 
     def __init__(self, ptx: str, name: str, threads: int, shared: int) -> None:

@@ -1,4 +1,4 @@
-"""The tensorrt module: found, its version, its log. Every use of it starts with `library()`.
+"""Find the tensorrt module, its version and its log. Every use of it starts with `library()`.
 
 `trt.Runtime` without a driver returns a broken object that crashes when used, and `trt.Builder` raises a TypeError:
 so `check_driver()` comes before either.
@@ -22,7 +22,7 @@ _MOST_KEPT = 20
 
 
 def library() -> Any:
-    """The module, at least as new as versions.py asks for.
+    """Import the module, at least as new as versions.py asks for.
 
     Raises:
         MissingDependency: not installed, or its libraries do not load. SfexportError: too old.
@@ -43,7 +43,7 @@ def library() -> Any:
 
 
 def runtime_version() -> str:
-    """The installed version, from the package's metadata where it has any (importing takes seconds)."""
+    """Return the installed version, from the package's metadata where it has any (importing takes seconds)."""
     for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
         try:
             return importlib.metadata.version(name)
@@ -53,7 +53,7 @@ def runtime_version() -> str:
 
 
 def check_driver() -> None:
-    """Raises SfexportError where there is no driver or no GPU, MissingDependency where cuda-python is missing."""
+    """Check the driver. Raises SfexportError where there is no driver or GPU, MissingDependency without cuda-python."""
     from sfexport.engines.tensorrt.cuda import initialise
 
     initialise()

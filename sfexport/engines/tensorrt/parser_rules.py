@@ -19,7 +19,7 @@ EXTERNAL_KEYS = ("location", "offset", "length", "checksum")  # the parser refus
 
 @dataclass(frozen=True)
 class Scope:
-    """What the nodes of one graph see.
+    """Types, constants and weights that the nodes of one graph see.
 
     Attributes:
         types: of values, by name.
@@ -34,11 +34,11 @@ class Scope:
     weights: Path | None = None
 
     def dtype(self, name: str) -> str:
-        """As the table of operators names it, or an empty string if unknown."""
+        """Return a value's type as the table of operators names it, or an empty string if unknown."""
         return dtype_name(self.types.get(name))
 
     def dims(self, name: str) -> list[int | None] | None:
-        """Dimensions (None: dynamic), or None for an unknown rank."""
+        """Return a value's dimensions (None: dynamic), or None for an unknown rank."""
         kind = self.types.get(name, onnx.TypeProto()).tensor_type
         if not kind.HasField("shape"):
             return None
@@ -47,7 +47,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Node:
-    """A node, what messages call it, and what it sees."""
+    """A node, its name in messages, and what it sees."""
 
     proto: onnx.NodeProto
     label: str
@@ -58,12 +58,17 @@ class Node:
         return default if found is None else onnx.helper.get_attribute_value(found)
 
     def input(self, position: int) -> str:
-        """An input's name; an empty string where there is none."""
+        """Return an input's name; an empty string where there is none."""
         return next(iter(self.proto.input[position : position + 1]), "")
 
 
 def limit_problems(node: Node, limits: Mapping[str, Any], parser: str) -> Iterator[str]:
-    """Args: `limits`: of the node's operator, as in parser_support.toml. `parser`: what messages call it."""
+    """Yield what passes the limits of the node's operator.
+
+    Args:
+        limits: the operator's limits in parser_support.toml.
+        parser: the parser's name in messages.
+    """
     inputs = node.proto.input
     for i in limits.get("constant", ()):
         if node.input(i) and inputs[i] not in node.scope.constants:
@@ -89,7 +94,7 @@ def limit_problems(node: Node, limits: Mapping[str, Any], parser: str) -> Iterat
 
 
 def mixed_type_problem(node: Node, opset: int) -> str | None:
-    """ONNX gives these inputs one type and so does TensorRT, which casts nothing in a strongly typed network."""
+    """Yield inputs of different types where ONNX asks for one: TensorRT casts nothing in a strongly typed network."""
     first: dict[str, str] = {}
     for kind, name, variable in operands(node.proto, opset):
         if kind != "input" or not node.scope.dtype(name) or not _is_one_type(node.proto.op_type, opset, variable):
@@ -102,7 +107,7 @@ def mixed_type_problem(node: Node, opset: int) -> str | None:
 
 
 def gather_problem(node: Node) -> str | None:
-    """TensorRT's header leaves undefined what a negative index of a dynamic axis reads."""
+    """Find a negative index on a dynamic axis: TensorRT's header leaves undefined what it reads."""
     if node.proto.op_type not in ("Gather", "GatherElements"):
         return None
     index, dims = node.scope.constants.get(node.input(1)), node.scope.dims(node.input(0))
@@ -116,7 +121,7 @@ def gather_problem(node: Node) -> str | None:
 
 
 def quantization_problems(node: Node, parser: str, int4_blocks: tuple[int, ...]) -> Iterator[str]:
-    """Symmetric, by positive scales; INT4 in blocks that TensorRT has kernels for, with an even last dimension."""
+    """Yield what TensorRT does not take: zero points, scales that are not positive, some INT4 blocks and widths."""
     zero = node.scope.constants.get(node.input(2))
     if zero is not None and (any(zero.raw_data) or any(zero.int32_data)):
         yield f"Its zero point {zero.name!r} is not zero; {parser} takes no other."
@@ -137,7 +142,7 @@ def quantization_problems(node: Node, parser: str, int4_blocks: tuple[int, ...])
 
 
 def external_data_problem(tensor: onnx.TensorProto, parser: str) -> str | None:
-    """What the parser refuses without saying why."""
+    """Find external data that the parser refuses without saying why."""
     strange = next((e.key for e in tensor.external_data if e.key not in EXTERNAL_KEYS), None)
     if tensor.data_location != onnx.TensorProto.EXTERNAL or strange is None:
         return None
@@ -146,7 +151,7 @@ def external_data_problem(tensor: onnx.TensorProto, parser: str) -> str | None:
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto | None]:
-    """Initializers and what Constant nodes hold, by name."""
+    """Collect initializers and the values of Constant nodes, by name."""
     found: dict[str, onnx.TensorProto | None] = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
@@ -166,7 +171,7 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
 
 
 def _values(tensor: onnx.TensorProto, weights: Path | None) -> np.ndarray | None:
-    """A small tensor's values; None where they lie in a file that cannot be read from here."""
+    """Return a small tensor's values; None where they lie in a file that cannot be read from here."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
     place = {entry.key: entry.value for entry in tensor.external_data}
@@ -182,7 +187,7 @@ def _values(tensor: onnx.TensorProto, weights: Path | None) -> np.ndarray | None
 
 
 def dtype_name(value: onnx.TypeProto | None) -> str:
-    """A type as the table of operators names it; an empty string if unknown."""
+    """Return a type's name in the table of operators; an empty string if unknown."""
     if value is None:
         return ""
     kind = value.WhichOneof("value")
@@ -195,7 +200,7 @@ def dtype_name(value: onnx.TypeProto | None) -> str:
 
 @functools.cache
 def _schema(op_type: str, opset: int) -> Any:
-    """The operator's definition, or None for one that only older ONNX has."""
+    """Return the operator's definition, or None for one that only older ONNX has."""
     try:
         return onnx.defs.get_schema(op_type, opset)
     except onnx.defs.SchemaError:
@@ -214,7 +219,7 @@ def operands(node: onnx.NodeProto, opset: int) -> Iterator[tuple[str, str, str]]
 
 
 def _is_one_type(op_type: str, opset: int, variable: str) -> bool:
-    """Whether operands of this variable all have one type: it is a variable, and no variadic operand mixes it."""
+    """Tell whether operands of this variable all have one type: it is a variable, and no variadic operand mixes it."""
     schema = _schema(op_type, opset)
     if schema is None or variable not in {c.type_param_str for c in schema.type_constraints}:
         return False

@@ -1,4 +1,4 @@
-"""What TensorRT's ONNX parser takes, per version (parser_support.toml), and checking a graph against it.
+"""Check a graph against what TensorRT's ONNX parser takes, per version (parser_support.toml).
 
 Needs no TensorRT. A gap is something that the parser's source refuses or its documents do not list; a graph without one
 can still fail to build.
@@ -40,10 +40,11 @@ _HINTS = {"DOUBLE": "Cast it to float32.", "UINT8": "Cast it to another type rig
 
 @dataclass(frozen=True)
 class ParserSupport:
-    """One version of the parser.
+    """What one version of the parser takes.
 
     Attributes:
-        version: the TensorRT version asked for. row: the version whose row of the table speaks for it.
+        version: the TensorRT version asked for.
+        row: the version whose row of the table is used for it.
         operators: types by operator, as in 'FP32' and 'INT64'. The others: as in parser_support.toml.
     """
 
@@ -70,7 +71,8 @@ class Gap:
     Attributes:
         graph: as named by the caller. node, op_type: empty where the graph itself is meant; a node inside a function
             is named after the call, 'call: node'.
-        problem: one sentence. hint: what to do, or an empty string.
+        problem: one sentence.
+        hint: what to do, or an empty string.
     """
 
     graph: str
@@ -85,7 +87,7 @@ class Gap:
 
 
 def support_for(version: str) -> ParserSupport:
-    """What the parser of a TensorRT version takes: '10.3', '10.16.1.11'.
+    """Return what the parser of a TensorRT version ('10.3', '10.16.1.11') takes.
 
     Raises:
         InputError: no version, or older than the table.
@@ -111,7 +113,7 @@ def check_graph(
     plugins: frozenset[tuple[str, str]] = frozenset(),
     weights: Path | None = None,
 ) -> list[Gap]:
-    """Everything in a model that the parser is known not to take: nodes, subgraphs and local functions.
+    """Find everything in a model that the parser is known not to take: nodes, subgraphs and local functions.
 
     Args:
         model: loaded without its external data.
@@ -126,7 +128,7 @@ def check_graph(
 
 @functools.cache
 def _rows() -> tuple[ParserSupport, ...]:
-    """The table, every row merged with those before it."""
+    """Read the table, every row merged with those before it."""
     table = read_table("sfexport.engines.tensorrt", "parser_support.toml")
     rows: list[ParserSupport] = []
     fields: dict[str, Any] = {}
@@ -191,7 +193,7 @@ class _Checker:
         self._gaps.append(Gap(self._name, *place, problem, hint))
 
     def _infer(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """The model with the types of its values, plugins' outputs included.
+        """Return the model with the types of its values, plugins' outputs included.
 
         Nodes that onnx has no definition of are left out meanwhile: its version 1.16 infers nothing after one of them.
         """
@@ -271,7 +273,7 @@ class _Checker:
             self._add(node, f"A plugin computes it, and it has no string attribute {name!r}.")
 
     def _check_call(self, node: Node) -> None:
-        """A local function's nodes, as they are in this call: with its types and attributes, functions inside too."""
+        """Check a local function's nodes with this call's types and attributes, functions inside too."""
         names, formals = node.proto.input, self._functions[_key(node.proto)].input
         if len(names) != len(formals):
             self._add(node, f"It passes {len(names)} inputs to a function of {len(formals)}; the parser wants all.")
@@ -291,7 +293,7 @@ class _Checker:
         self._check_nodes(body, replace(node.scope, types={}, constants=constants, prefix=f"{node.label}: "))
 
     def _inline(self, node: Node) -> onnx.ModelProto:
-        """A model of the call alone, the functions inside it inlined except plugins'."""
+        """Return a model of the call alone, the functions inside it inlined except plugins'."""
         inputs = [onnx.helper.make_value_info(i, node.scope.types[i]) for i in dict.fromkeys(node.proto.input) if i]
         outputs = [onnx.ValueInfoProto(name=name) for name in node.proto.output if name]
         call = onnx.helper.make_model(
@@ -341,7 +343,7 @@ def _key(node: onnx.NodeProto) -> _Key:
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
-    """Types by name. Initializers need no data for it."""
+    """Collect types by name. Initializers need no data for it."""
     values = (*graph.value_info, *graph.output, *graph.input)
     known = {value.name: value.type for value in values if value.type.WhichOneof("value")}
     make = onnx.helper.make_tensor_type_proto

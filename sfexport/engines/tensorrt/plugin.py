@@ -20,7 +20,7 @@ from sfexport.versions import NEW_NUMPY, aot_needs_old_numpy, has_aot_plugins, i
 
 
 def choose_plugin(tensorrt_version: str, numpy_version: str) -> str:
-    """'ahead' where this TensorRT has it and its Python part works with this NumPy, else 'python'."""
+    """Return the kind: 'ahead' where this TensorRT has it and its Python part works with this NumPy, else 'python'."""
     new_numpy = not is_older(numpy_version, NEW_NUMPY)
     if not has_aot_plugins(tensorrt_version) or (new_numpy and aot_needs_old_numpy(tensorrt_version)):
         return "python"
@@ -31,7 +31,8 @@ def register_plugins(trt: Any, kind: str, source: KernelSource = compile_kernels
     """Register both plugins in TensorRT's registry. Quick plugins stay as they are if they are registered already.
 
     Args:
-        trt: the tensorrt module. source: makes the kernels; compiles them with Triton by default.
+        trt: the tensorrt module.
+        source: makes the kernels; compiles them with Triton by default.
 
     Raises:
         SfexportError: the registry refuses.

@@ -1,4 +1,4 @@
-"""The ahead-of-time plugins (TensorRT 10.9 and later): quick plugins whose PTX TensorRT stores in the engine.
+"""Register the ahead-of-time plugins (TensorRT 10.9 and later): quick plugins whose PTX is stored in the engine.
 
 No `from __future__ import annotations` here: TensorRT reads the annotations of the described functions as objects.
 """
@@ -103,7 +103,7 @@ def _combine(trt: Any, quick: Any, operation: Operation, source: KernelSource) -
 
 
 def _compiled(quick: Any) -> Any:
-    """What an implementation returns, in the words that TensorRT asks for."""
+    """Return the annotation that TensorRT asks for of an implementation's result."""
     return tuple[str | bytes, str | bytes, quick.KernelLaunchParams, quick.SymIntExprs]
 
 
@@ -135,7 +135,7 @@ class _SymbolicArithmetic:
 def _describe(
     trt: Any, quick: Any, operation: Operation, inputs: tuple[Any, ...], settings: PluginSettings
 ) -> tuple[Any, ...]:
-    """Tensor descriptions of the outputs."""
+    """Return the tensor descriptions of the outputs."""
     shapes = [desc.shape_expr for desc in inputs]
     operation.check_shapes([_known(shape) for shape in shapes], settings)
     outputs = operation.output_shapes(_SymbolicArithmetic(quick), shapes, settings)
@@ -145,14 +145,14 @@ def _describe(
 
 
 def _known(shape: Any) -> list[int | None]:
-    """Constant dimensions; None for a dynamic one and for those that TensorRT only pretends at first."""
+    """Return the constant dimensions; None for a dynamic one and for the placeholders that TensorRT gives at first."""
     return [d.constant_value() if not d.is_fake and d.is_constant else None for d in shape]
 
 
 def _implement(
     quick: Any, operation: Operation, source: KernelSource, inputs: tuple[Any, ...], settings: PluginSettings
 ) -> tuple[Any, Any, Any, Any]:
-    """Entry point, PTX, launch parameters, extra arguments."""
+    """Return entry point, PTX, launch parameters and extra arguments."""
     dtype = dtype_name(inputs[0].dtype)
     kernel = operation.kernel(source, dtype, settings)
     launch = operation.launch(_SymbolicArithmetic(quick), [d.shape_expr for d in inputs], dtype, settings)

@@ -1,4 +1,4 @@
-"""The two operations that both kinds of TensorRT plugin implement: inputs, types, shapes and launches."""
+"""Describe the two operations that both kinds of TensorRT plugin implement: inputs, types, shapes and launches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Operation:
     """One plugin.
 
     Attributes:
-        inputs: names. types: TensorRT's type name of each input, then output; 'T': fp16, bf16 or fp32, one for all.
+        inputs: names of the inputs.
+        types: TensorRT's type name of each input, then output; 'T': fp16, bf16 or fp32, one for all.
         outputs: how many.
     """
 
@@ -39,7 +40,7 @@ class Operation:
     outputs: int
 
     def output_shapes(self, arithmetic: Arithmetic, shapes: Sequence[Any], settings: PluginSettings) -> Shapes:
-        """The outputs' shapes for the inputs' (integers or symbols)."""
+        """Return the outputs' shapes for the inputs' (integers or symbols)."""
         if self.name == COMBINE:
             return combine_outputs(arithmetic, shapes[0])
         return split_outputs(arithmetic, shapes[0], shapes[1], settings.multiprocessors)
@@ -47,7 +48,7 @@ class Operation:
     def launch(
         self, arithmetic: Arithmetic, shapes: Sequence[Any], dtype: str, settings: PluginSettings
     ) -> LaunchConfig:
-        """The launch for the inputs' shapes (integers or symbols)."""
+        """Return the launch for the inputs' shapes (integers or symbols)."""
         if self.name == COMBINE:
             return combine_launch(arithmetic, shapes[0], shapes[1])
         tiles = tiles_for(dtype, settings.head_dim, settings.sm)
@@ -58,14 +59,14 @@ class Operation:
         return combine if self.name == COMBINE else split
 
     def accepts(self, position: int, types: Sequence[str]) -> bool:
-        """Whether the type at `position` (inputs, then outputs) fits those before it."""
+        """Tell whether the type at `position` (inputs, then outputs) fits those before it."""
         expected = self.types[position]
         if expected != "T":
             return types[position] == expected
         return Precision.from_tensorrt(types[position]) is not None and types[position] == types[0]
 
     def check_shapes(self, shapes: Sequence[Sequence[int | None]], settings: PluginSettings) -> None:
-        """Raises InputError where known dimensions of the inputs (None: unknown) do not fit one another."""
+        """Check the inputs' shapes. Raises InputError where known dimensions (None: unknown) do not fit one another."""
         ranks = {SPLIT: (4, 4, 4, 2, 1), COMBINE: (4, 4, 3, 2)}[self.name]
         for name, shape, rank in zip(self.inputs, shapes, ranks, strict=True):
             if len(shape) != rank:
@@ -100,7 +101,7 @@ OPERATIONS = (
 
 
 def dtype_name(tensorrt_type: Any) -> str:
-    """'fp16' for DataType.HALF and so on.
+    """Return a type's precision: 'fp16' for DataType.HALF and so on.
 
     Raises:
         InputError: a type the kernels do not compute in.

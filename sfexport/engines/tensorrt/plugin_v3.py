@@ -1,4 +1,4 @@
-"""The plugins in Python (TensorRT 10.0 and later): IPluginV3 classes that launch the PTX with CUDA's driver API.
+"""Register the plugins in Python (TensorRT 10.0 and later): IPluginV3 classes that launch PTX by CUDA's driver API.
 
 An engine's fields hold what its kernel was compiled for; the PTX itself lies beside the engine (kernels/store.py), so
 that running needs no Triton. It is not a field, because with NumPy 2 the bindings before 10.16 give back only the first
@@ -69,7 +69,7 @@ class ExpressionArithmetic:
 
 
 def known_dimensions(shape: Any) -> list[int | None]:
-    """Constants of a DimsExprs; None for a dynamic dimension."""
+    """Return the constants of a DimsExprs; None for a dynamic dimension."""
     dims = [shape[i] for i in range(len(shape))]
     return [d.get_constant_value() if d.is_constant() else None for d in dims]
 
@@ -208,7 +208,7 @@ def _creator_class(trt: Any) -> type:
 
 
 def _read_fields(collection: Any, plugin: str) -> tuple[PluginSettings, str | None]:
-    """The settings, and the type where an engine's fields are read."""
+    """Read the settings, and the type where an engine's fields are read."""
     values = {field.name: _integer(field.data) for field in collection if field.name in (*SETTINGS, DTYPE)}
     missing = [name for name in SETTINGS if name not in values]
     if missing:

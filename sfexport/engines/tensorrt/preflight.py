@@ -1,4 +1,4 @@
-"""`sfexport build --check`: everything about a build for a target that can be known without the target.
+"""Check a build for a target without the target: `sfexport build --check`.
 
 Each graph's nodes, types and opset against that TensorRT's parser; the kernels, compiled for its SM; every tensor's
 shapes; memory. Needs no GPU and no TensorRT.
@@ -188,7 +188,7 @@ def _check_memory(memory: MemoryEstimate, target: Target) -> Iterator[PreflightC
 
 
 def write_build_directory(readiness: Readiness, out: Path) -> None:
-    """A directory to take to the device: kernels, a script that builds there, and a page that says how.
+    """Write a directory for the device: kernels, a script that builds there, and a page that says how.
 
     Raises:
         InputError: the output cannot be written or holds something else.
