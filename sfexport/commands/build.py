@@ -1,4 +1,4 @@
-"""`sfexport build`: engines from a bundle or a checkpoint, and what a build for another machine will meet."""
+"""`sfexport build`: engines from a bundle or a checkpoint, and the check of a build for another machine."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def build(
 ) -> None:
     """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first).
 
-    With --check: what a TensorRT build for --target will meet, without the target; -o then names a directory to take
-    there. Exits with 1 if there is a gap.
+    With --check: check a TensorRT build for --target on this machine; -o then names a directory to write for the
+    target. Exits with 1 if the check finds a gap.
     """
     if check:
         found = sfexport.check_build(source, output, target=target, on_step=console.step, **options)

@@ -12,7 +12,7 @@ from sfexport.commands.common import DIRECTORY, with_examples
 @with_examples("sfexport demo", "sfexport demo -o /tmp/demo")
 @click.command()
 @click.option(
-    "-o", "--output", type=DIRECTORY, default=Path("sfexport-demo"), show_default=True, help="Where to keep it all."
+    "-o", "--output", type=DIRECTORY, default=Path("sfexport-demo"), show_default=True, help="Directory to write."
 )
 @click.pass_context
 def demo(ctx: click.Context, output: Path) -> None:

@@ -11,7 +11,7 @@ from sfexport.commands.common import json_option, with_examples
 
 @with_examples("sfexport doctor", "sfexport doctor --target jetson-orin-agx-64 --json")
 @click.command()
-@click.option("--target", help="What engines are wanted for.  [default: this machine]")
+@click.option("--target", help="Machine that engines are for.  [default: this machine]")
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:

@@ -29,7 +29,7 @@ from sfexport.dtypes import PRECISIONS
     type=click.Choice(["auto", "reference", "copy"]),
     default="auto",
     show_default=True,
-    help="Point into the checkpoint's shards (reference), take them along (copy), or copy up to 64 MB (auto).",
+    help="Point into the checkpoint's shards (reference), copy them (copy), or copy up to 64 MB (auto).",
 )
 @click.option(
     "--precision",
@@ -56,7 +56,7 @@ from sfexport.dtypes import PRECISIONS
     type=click.Choice(["sampled", "full"]),
     default="sampled",
     show_default=True,
-    help="What is kept to tell referenced weights by: sampled blocks of every tensor, or every byte too (slower).",
+    help="Digests that referenced weights are recognised by: of sampled blocks, or of every byte too (slower).",
 )
 @json_option
 def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> None:

@@ -35,8 +35,8 @@ def parity(
 ) -> None:
     """Compare ENGINES with PyTorch, graph by graph and answer by answer, on a VIDEO (or on noise).
 
-    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not. Answers may part at a
-    token that PyTorch holds for as likely within the tolerance: a tie, shown as such.
+    Exits with 0 if everything is within tolerance and the answers are the same, with 1 if not. Answers may diverge
+    where two logits tie within the tolerance; ties are shown, and pass.
     """
     from sfexport.comparing.report import show
 

@@ -21,7 +21,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @click.option("--frames", type=int, help="Frames of a video.  [default: the checkpoint's, else 64]")
 @json_option
 def plan(checkpoint: Path, target: str | None, jetpack: str | None, frames: int | None, as_json: bool) -> None:
-    """Compute what a CHECKPOINT takes on a target, before anyone waits for a build: memory and speed."""
+    """Compute the memory and speed of a CHECKPOINT on a target, without building anything."""
     from sfexport.planning.report import show
 
     found = sfexport.plan(checkpoint, target, frames=frames, jetpack=jetpack)

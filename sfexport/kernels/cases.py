@@ -22,7 +22,9 @@ class Case:
     Attributes:
         slow: length of the K/V tensors.
         lengths: slow tokens of each sample (up to `slow`); one length: all samples share one K/V.
-        mask: which positions attend, one of MASKS. multiprocessors, sm: decide tiles and splits.
+        mask: which positions attend, one of MASKS.
+        multiprocessors: number on the GPU; decides the splits.
+        sm: compute capability times 10; decides the tiles.
         scale: standard deviation of the scores: large ones make the softmax pick single tokens.
     """
 
