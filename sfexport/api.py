@@ -90,7 +90,7 @@ def build(
         source: directory of a bundle or a checkpoint.
         output: directory to write; default ./<source name>-engines/<target>-<runtime>. Only earlier engines are
             replaced.
-        backend: 'onnxruntime', 'tensorrt', 'torch', or 'auto': TensorRT where it is installed beside a GPU.
+        backend: 'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'torch'; 'auto': TensorRT beside a GPU, else ONNX Runtime.
         target: name of the machine that TensorRT engines are for; default this one.
         jetpack: the target's JetPack version; default the target's.
         precision: 'fp32', 'fp16', 'bf16' or 'auto', for a checkpoint; 'auto' is the weights' 16-bit type for
@@ -326,6 +326,8 @@ def _export_request(backend: str, options: TensorRTOptions, precision: str, quan
     from sfexport.machines.machine import detect_machine
     from sfexport.machines.targets import match_machine
 
+    if backend == "tensorrt-rtx":
+        return ExportRequest(precision, True, quantize)
     if backend != "tensorrt":
         return ExportRequest(precision, quantize=quantize)
     target = options.target or match_machine(detect_machine())

@@ -18,6 +18,7 @@ OLDEST: dict[str, Version] = {
     "triton": (3, 7),  # the first that compiles for every GPU of targets.toml: 3.4 to 3.6 fail for Blackwell
     "cuda-python": (12, 6),
 }
+TENSORRT_RTX: Version = (1, 7, 1, 116)  # the one version that engines are built with; pyproject's extra pins it
 OLDEST_JETPACK: Version = (6, 1)  # 6.0 has TensorRT 8.6
 RECOMMENDED_JETPACKS: tuple[Version, ...] = ((6, 2), (7, 2))
 # Jetson Linux (L4T) and the JetPack it came with, oldest first; a version belongs to the last one that is not newer.

@@ -467,8 +467,12 @@ def test_plan_and_diagnose_return_what_their_commands_print() -> None:
     planned = sfexport.plan(SHIPPED, "jetson-orin-agx-64", frames=32).to_json()
     printed = document(run_command("plan", SHIPPED, "--target", "jetson-orin-agx-64", "--frames", 32, "--json"))
     assert json.loads(json.dumps(planned)) == printed
-    printed = run_command("doctor", "--target", "h100", "--json")
-    assert json.loads(json.dumps(sfexport.diagnose("h100").to_json())) == json.loads(printed.stdout)
+    printed = json.loads(run_command("doctor", "--target", "h100", "--json").stdout)
+    diagnosed = json.loads(json.dumps(sfexport.diagnose("h100").to_json()))
+    for line in (*printed["lines"], *diagnosed["lines"]):
+        if line["name"] in ("memory", "disk"):  # other programs change what is free
+            line["seen"] = ""
+    assert diagnosed == printed
 
 
 def test_a_check_without_a_target_is_refused() -> None:

@@ -25,6 +25,7 @@ from sfexport.versions import (
     NEWEST_TENSORRT,
     OLDEST,
     OLDEST_JETPACK,
+    TENSORRT_RTX,
     aot_needs_old_numpy,
     has_aot_plugins,
     is_older,
@@ -78,6 +79,11 @@ def test_pyproject_asks_for_the_same(package: str) -> None:
         bounds = re.findall(rf"\"{package}(?:-gpu)?>=([\d.]+)", PYPROJECT)
         assert len(bounds) == len(re.findall(rf"\"{package}(?:-gpu)?[><=~!; \"]", PYPROJECT)), "one has no bound"
     assert bounds and {version_numbers(bound) for bound in bounds} == {OLDEST[package]}
+
+
+def test_pyproject_pins_tensorrt_for_rtx() -> None:
+    pins = re.findall(r"\"tensorrt-rtx-cu12-bindings==([\d.]+);", PYPROJECT)
+    assert len(pins) == 2 and {version_numbers(pin) for pin in pins} == {TENSORRT_RTX}
 
 
 def test_no_other_file_of_the_package_holds_a_version() -> None:

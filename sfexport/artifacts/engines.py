@@ -13,7 +13,7 @@ from typing import Any
 from sfexport.artifacts.atomic import restore
 from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.artifacts.identity import changed_since, full_sha256
-from sfexport.artifacts.manifest_fields import EngineFields, TensorRTFields, check_fields, damaged
+from sfexport.artifacts.manifest_fields import EngineFields, RtxFields, TensorRTFields, check_fields, damaged
 from sfexport.artifacts.manifest_files import BUNDLE_FILE, ENGINE_FILE, check_files, gone, open_manifest
 from sfexport.errors import BundleError
 
@@ -44,7 +44,9 @@ class Engines:
         check_fields(content, EngineFields, path)
         if content["backend"] == "tensorrt":
             check_fields(content, TensorRTFields, path)
-        suffix = {"onnxruntime": "onnx", "tensorrt": "engine"}.get(content["backend"])
+        if content["backend"] == "tensorrt-rtx":
+            check_fields(content, RtxFields, path)
+        suffix = {"onnxruntime": "onnx", "tensorrt": "engine", "tensorrt-rtx": "engine"}.get(content["backend"])
         needed = [f"{name}.{suffix}" for name in GRAPHS] if suffix else []
         check_files(path, content["files"], ENGINE_FILE, needed, set())
         where, promised = cls._find_bundle(path, content["bundle"]), content["bundle"]["sha256"]

@@ -205,6 +205,7 @@ class LimitsFields(msgspec.Struct, frozen=True, kw_only=True):
     frames: Count
     question_tokens: Count
     new_tokens: Count
+    rows: Count
 
 
 class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,6 +215,13 @@ class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
     plugin: Text | None
     limits: LimitsFields
     cuda: dict[Text, Text | None]
+
+
+class RtxFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that the engines of TensorRT for RTX have besides."""
+
+    compute_capabilities: list[Text]
+    limits: LimitsFields
 
 
 def read_manifest(file: Path) -> dict[str, Any]:

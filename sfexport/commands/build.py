@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "sfexport build ./bundle -o ./engines --backend onnxruntime",
     "sfexport build ./checkpoint --target jetson-orin-agx-64 --check -o ./for-the-orin",
     "sfexport build ./checkpoint --backend tensorrt --frames 96 --max-new-tokens 512",
+    "sfexport build ./checkpoint --backend tensorrt-rtx -o ./for-an-rtx-card",
 )
 @click.command()
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=DIRECTORY)
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
+    type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]),
     default="auto",
     show_default=True,
-    help="What runs the graphs: TensorRT where it is installed beside a GPU, else ONNX Runtime (auto); torch is the "
-    "PyTorch model itself, for comparison.",
+    help="What runs the graphs: TensorRT where it is installed beside a GPU, else ONNX Runtime (auto); tensorrt-rtx "
+    "builds without a GPU; torch is the PyTorch model itself, for comparison.",
 )
 @click.option("--target", help="The machine TensorRT engines are for, as in 'sfexport doctor'.  [default: this one]")
 @click.option("--jetpack", help="The target's JetPack, for --check.  [default: the target's]")

@@ -63,9 +63,9 @@ def checks_for(machine: Machine) -> tuple[Check, ...]:
     Without NVIDIA hardware, TensorRT, its companions and the disk are not checked.
     """
     if not machine.cuda.device:
-        return (_machine, _python, _gpu, _triton, _onnxruntime, _memory, _torch)
+        return (_machine, _python, _gpu, _triton, _onnxruntime, _memory, _tensorrt_rtx, _torch)
     first = (_machine, _python, _jetpack, _driver, _gpu, _tensorrt, _numpy, _cuda_python, _triton)
-    return (*first, _onnxruntime, _memory, _disk, _power, _polygraphy, _torch)
+    return (*first, _onnxruntime, _memory, _disk, _power, _polygraphy, _tensorrt_rtx, _torch)
 
 
 def _machine(machine: Machine, target: Target | None) -> DoctorCheck:
@@ -269,6 +269,12 @@ def _triton(machine: Machine, target: Target | None) -> DoctorCheck:
 
 def _polygraphy(machine: Machine, target: Target | None) -> DoctorCheck:
     return DoctorCheck("polygraphy", machine.packages["polygraphy"] or "none", _NOT_NEEDED)
+
+
+def _tensorrt_rtx(machine: Machine, target: Target | None) -> DoctorCheck:
+    """Show TensorRT for RTX, which builds engines for RTX cards without a GPU."""
+    seen = machine.packages["tensorrt-rtx-cu12-bindings"] or "none"
+    return DoctorCheck("tensorrt-rtx", seen, "not needed; builds for RTX cards")
 
 
 def _torch(machine: Machine, target: Target | None) -> DoctorCheck:

@@ -21,7 +21,7 @@ from sfexport.values import as_output, one_of
 if TYPE_CHECKING:
     from sfexport.engines.tensorrt.build import TensorRTOptions
 
-BACKENDS = ("onnxruntime", "tensorrt", "torch")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
 
 def choose_backend(name: str) -> str:
@@ -66,6 +66,12 @@ def check_backend(backend: str, precision: str = "auto", tensorrt: TensorRTOptio
         from sfexport.engines.tensorrt.build import TensorRTOptions, check_machine
 
         check_machine(tensorrt or TensorRTOptions())
+    if backend == "tensorrt-rtx":
+        from sfexport.engines.tensorrt.build import TensorRTOptions
+        from sfexport.engines.tensorrt.rtx_build import check_options
+        from sfexport.engines.tensorrt.rtx_library import library
+
+        check_options(library(), tensorrt or TensorRTOptions())
 
 
 def runtime_version(backend: str) -> str:
@@ -78,6 +84,10 @@ def runtime_version(backend: str) -> str:
         from sfexport.engines.tensorrt import library as tensorrt_library
 
         return tensorrt_library.runtime_version()
+    if backend == "tensorrt-rtx":
+        from sfexport.engines.tensorrt import rtx_library
+
+        return rtx_library.runtime_version()
     from sfexport.engines import onnxruntime_backend
 
     return onnxruntime_backend.runtime_version()
@@ -91,7 +101,7 @@ def engine_name(backend: str, target: str | None = None) -> str:
 
         here = match_machine(detect_machine())
         target = here.name if here else "gpu"
-    return f"{target or 'cpu'}-{backend}-{runtime_version(backend)}"
+    return f"{target or ('rtx' if backend == 'tensorrt-rtx' else 'cpu')}-{backend}-{runtime_version(backend)}"
 
 
 def build(
@@ -122,8 +132,8 @@ def build(
     version = runtime_version(backend)
     with new_directory(out, ENGINE_FILE) as directory:
         _check_graphs(bundle)
-        if backend == "tensorrt":
-            about = _build_tensorrt(bundle, directory, on_step, force, tensorrt, on_progress)
+        if backend in ("tensorrt", "tensorrt-rtx"):
+            about = _build_tensorrt(backend, bundle, directory, on_step, force, tensorrt, on_progress)
         else:
             about = _build_on_cpu(bundle, directory, backend, on_step, force)
         content = {
@@ -159,6 +169,7 @@ def _check_graphs(bundle: Bundle) -> None:
 
 
 def _build_tensorrt(
+    backend: str,
     bundle: Bundle,
     directory: Path,
     on_step: OnStep,
@@ -168,6 +179,10 @@ def _build_tensorrt(
 ) -> dict[str, Any]:
     from sfexport.engines.tensorrt.build import TensorRTOptions, build_tensorrt
 
+    if backend == "tensorrt-rtx":
+        from sfexport.engines.tensorrt.rtx_build import build_rtx
+
+        return build_rtx(bundle, directory, options or TensorRTOptions(), on_step, on_progress, force)
     return build_tensorrt(bundle, directory, options or TensorRTOptions(), on_step, on_progress, force)
 
 
@@ -230,6 +245,8 @@ def open_backend(engines: Engines) -> Backend:
         return TorchBackend(bundle.checkpoint_path)
     if engines.content["backend"] == "tensorrt":
         return _open_tensorrt(engines)
+    if engines.content["backend"] == "tensorrt-rtx":
+        return _open_rtx(engines)
     from sfexport.engines.external_data import stored_tensors
     from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -259,4 +276,23 @@ def _open_tensorrt(engines: Engines) -> Backend:
     if engines.content["plugin"] == "python":
         # The class must be there before an engine that uses it is read; its PTX lies beside the engine.
         register_plugins(trt, "python", StoredKernels(engines.path))
+    return TensorRTBackend(trt, engines.path, engines.bundle.config)
+
+
+def _open_rtx(engines: Engines) -> Backend:
+    """Load engines of TensorRT for RTX. Raises BundleError for another GPU, SfexportError where there is no driver."""
+    from sfexport.engines.tensorrt.backend import TensorRTBackend
+    from sfexport.engines.tensorrt.cuda import device_sm
+    from sfexport.engines.tensorrt.library import check_driver
+    from sfexport.engines.tensorrt.rtx_library import library
+
+    trt = library()
+    check_driver()
+    built = engines.content["compute_capabilities"]
+    if built and f"SM{device_sm()}" not in built:
+        raise BundleError(
+            f"The engines in {engines.path} were built for {', '.join(built)}; this machine's GPU is of "
+            f"SM{device_sm()}.",
+            f"Build again: sfexport build {engines.bundle.path} -o {engines.path} --backend tensorrt-rtx",
+        )
     return TensorRTBackend(trt, engines.path, engines.bundle.config)

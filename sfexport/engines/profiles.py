@@ -119,8 +119,7 @@ def _decoder_ranges(limits: Limits, fast_tokens: int, slow: int) -> dict[str, di
     prefill = {"batch": (1, 1, 1), "sequence": (1, longest, longest), "prefix": (0, 0, prefix)}
     # No question has K/V of its own before it; a largest size of 0 would make the tensor useless to the builder.
     prefill["capacity"] = (0, 0, min(FIRST_CAPACITY, own))
-    # Up to two positions: with one, TensorRT stores most 16-bit weights a second time.
-    decode = {"batch": (1, 1, limits.rows), "sequence": (1, 1, 2), "prefix": (0, prefix, prefix)}
+    decode = {"batch": (1, 1, limits.rows), "sequence": (1, 1, 1), "prefix": (0, prefix, prefix)}
     decode["capacity"] = (min(FIRST_CAPACITY, own), min(2 * FIRST_CAPACITY, own), own)
     shared = {"videos": (1, 1, 1), "slow": (1, slow, slow)}
     return {PREFILL: shared | prefill, DECODE: shared | decode}

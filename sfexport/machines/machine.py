@@ -14,7 +14,7 @@ from typing import Any
 from sfexport.machines.probe import Probe
 from sfexport.versions import jetpack_of_l4t
 
-PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "torch")
+PACKAGES = ("numpy", "triton", "cuda-python", "cuda-bindings", "polygraphy", "torch", "tensorrt-rtx-cu12-bindings")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 APT_PACKAGES = ("nvidia-jetpack", "libnvinfer10", "libnvinfer11", "libnvinfer8", "python3-libnvinfer")
 _NVIDIA = "0x10de"

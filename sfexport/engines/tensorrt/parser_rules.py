@@ -137,6 +137,12 @@ def quantization_problems(node: Node, parser: str, int4_blocks: tuple[int, ...])
         has = f"in blocks of {block}" if block else "without blocks"
         yield f"It is INT4 {has}; TensorRT has kernels for blocks of {' or '.join(map(str, int4_blocks))}."
     dims = node.scope.dims(name)
+    scale_dims, axis = node.scope.dims(node.input(1)), node.attribute("axis", 1)
+    if block and dims and scale_dims and None not in (*dims, *scale_dims) and axis < len(dims):
+        wanted = [*dims]
+        wanted[axis] = -(-dims[axis] // block)
+        if [*scale_dims] != wanted:
+            yield f"Its scale {node.input(1)!r} is of shape {[*scale_dims]}; blocks along axis {axis} want {wanted}."
     if dims and dims[-1] is not None and dims[-1] % 2:
         yield f"The last dimension of {name!r} is odd, which INT4 cannot have."
 

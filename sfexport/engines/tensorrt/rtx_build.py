@@ -1,0 +1,100 @@
+"""Build engine files with TensorRT for RTX, on any x86-64 Linux machine: no GPU is needed.
+
+The engines hold portable code; the GPU's own kernels are compiled on the GPU at first use. The driver of the build is
+sfexport/engines/tensorrt/builder.py, as for TensorRT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.inliner
+
+from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.engines.memory import estimate_memory, physical_memory
+from sfexport.engines.profiles import Profile, resolve_profiles
+from sfexport.engines.tensorrt.build import TensorRTOptions
+from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
+from sfexport.engines.tensorrt.rtx_library import library
+from sfexport.engines.weight_check import check_weights
+from sfexport.errors import InputError, SfexportError
+from sfexport.machines.targets import Target
+from sfexport.printable import sizes_text
+from sfexport.progress import OnProgress, OnStep
+
+# Peak memory of a build: per byte of the graph's weights, and beside them. Measured with TensorRT for RTX 1.7.1 on a
+# decoder of two layers at the 7 B model's width: 1.16 GB of weights take 3.71 GB in bf16 and 4.22 GB in fp16, 0.36 GB
+# of INT4 weights 1.46 GB.
+HOST_COPIES, HOST_BASE = 3.2, 500_000_000
+
+
+def build_rtx(
+    bundle: Bundle,
+    directory: Path,
+    options: TensorRTOptions,
+    on_step: OnStep,
+    on_progress: OnProgress,
+    force: bool,
+) -> dict[str, Any]:
+    """Write one .engine per graph into `directory`; return what engine.json says of them.
+
+    Raises:
+        MissingDependency: TensorRT for RTX is not installed.
+        SfexportError: a graph does not build, or this machine's memory is too small.
+        InputError: an option that TensorRT for RTX has no use for.
+    """
+    trt = library()
+    check_options(trt, options)
+    limits = options.limits(bundle)
+    profiles = resolve_profiles(bundle, limits)
+    if not force:
+        _check_memory(bundle, profiles)
+    weights_read = check_weights(bundle, on_step)
+    capabilities = () if options.target is None else (_capability(options.target),)
+    build = BuildOptions(options.optimization_level, tf32=bundle.precision != "fp32", capabilities=capabilities)
+    for name in GRAPHS:
+        on_step(f"building {name} with TensorRT for RTX {trt.__version__}")
+        graph = directory / f"{name}.onnx"
+        model = onnx.load(bundle.graph_file(name), load_external_data=False)
+        # Nodes of a function's body would have the same names at every call.
+        onnx.save(onnx.inliner.inline_local_functions(model), graph)
+        file = directory / f"{name}.engine"
+        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
+        graph.unlink()
+    return {
+        "target": options.target.name if options.target else "rtx",
+        "compute_capabilities": list(capabilities),
+        "weights_read": weights_read,
+        "limits": asdict(limits),
+    }
+
+
+def check_options(trt: Any, options: TensorRTOptions) -> None:
+    """Refuse what TensorRT for RTX has no use for. Raises InputError."""
+    if options.kernels is not None:
+        raise InputError("TensorRT for RTX has no plugins, so --kernels has no use.", "Leave --kernels out.")
+    if options.target is not None and not hasattr(trt.ComputeCapability, _capability(options.target)):
+        known = ", ".join(sorted(name for name in dir(trt.ComputeCapability) if name.startswith("SM")))
+        raise InputError(
+            f"TensorRT for RTX {trt.__version__} builds nothing for {options.target.name} "
+            f"({_capability(options.target)}).",
+            f"It builds for {known}; without --target for all of them.",
+        )
+
+
+def _capability(target: Target) -> str:
+    return f"SM{target.sm}"
+
+
+def _check_memory(bundle: Bundle, profiles: dict[str, list[Profile]]) -> None:
+    largest = max(graph.weights for graph in estimate_memory(bundle, profiles, mapped_weights=True).graphs)
+    needed, available = round(HOST_COPIES * largest) + HOST_BASE, physical_memory()
+    if available is not None and needed > available:
+        needs, has = sizes_text(needed, available)
+        raise SfexportError(
+            f"Building takes about {needs} (estimated); this machine has {has} of memory.",
+            "Export with --quantize int4, use a machine with more, or --force (with swap, for instance).",
+        )

@@ -1,0 +1,219 @@
+"""Engines built by NVIDIA's own builder, TensorRT for RTX, which needs no GPU. They cannot be run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from helpers import assert_says, sfexport
+
+import sfexport as api
+from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.shipped import SHIPPED
+from sfexport.engines.profiles import Limits, resolve_profiles
+from sfexport.engines.tensorrt import rtx_build, rtx_library
+from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
+from sfexport.engines.tensorrt.parser_support import check_graph, support_for
+from sfexport.errors import BundleError, InputError, MissingDependency, SfexportError
+from sfexport.exporting.export import ExportOptions, export
+from sfexport.testing.random_checkpoint import write_random_checkpoint
+from sfexport.versions import NEWEST_TENSORRT, version_text
+
+try:
+    TRT = rtx_library.library()
+except SfexportError as problem:
+    pytest.skip(f"TensorRT for RTX: {problem}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's engines in its own 16-bit type, through the command."""
+    root = tmp_path_factory.mktemp("rtx")
+    result = sfexport("build", SHIPPED, "-o", root / "engines", "--backend", "tensorrt-rtx", "--max-batch", "3")
+    assert result.exit_code == 0, result.output
+    return root / "engines"
+
+
+def test_the_command_builds_every_graph_without_a_gpu(engines: Path) -> None:
+    content = json.loads((engines / "engine.json").read_text())
+    assert content["runtime"] == {"name": "tensorrt-rtx", "version": importlib.metadata.version(rtx_library.BINDINGS)}
+    assert (content["target"], content["compute_capabilities"]) == ("rtx", [])
+    assert content["limits"]["rows"] == 3
+    assert sorted(content["files"]) == sorted(f"{name}.engine" for name in GRAPHS)
+    assert not list(engines.glob("*.onnx"))
+    assert Bundle.open(engines.parent / "engines-bundle").precision == Checkpoint.open(SHIPPED).half_precision
+    shown = json.loads(sfexport("inspect", engines, "--json").stdout)
+    assert (shown["kind"], shown["backend"]) == ("engines", "tensorrt-rtx")
+
+
+def test_without_a_driver_the_engines_are_refused_with_a_reason(engines: Path, tmp_path: Path) -> None:
+    clip = api.load  # the public door
+    with pytest.raises(SfexportError) as caught:
+        clip(engines).backend  # noqa: B018
+    assert any(word in caught.value.paragraph() for word in ("no NVIDIA driver", "cuda-python"))
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[tuple[str, str | None], Bundle] = {}
+
+    def bundle(precision: str, quantize: str | None = None) -> Bundle:
+        if (precision, quantize) not in made:
+            folder = tmp_path_factory.mktemp("bundle") / "bundle"
+            options = ExportOptions(precision=precision, quantize=quantize, weights="auto" if quantize else "copy")
+            made[precision, quantize] = export(Checkpoint.open(SHIPPED), folder, options)
+        return made[precision, quantize]
+
+    return bundle
+
+
+def build(bundle: Bundle, graph: str, out: Path, model: onnx.ModelProto | None = None) -> int:
+    """Build one graph, or a changed one in its place; return the engine's bytes."""
+    file = bundle.graph_file(graph)
+    if model is not None:
+        file = out.with_suffix(".onnx")
+        onnx.save(model, file)
+    profiles = resolve_profiles(bundle, Limits(bundle.frames, 64, 16, 2))[graph]
+    build_engine(TRT, file, bundle.weights_directory, out, profiles, BuildOptions())
+    return out.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantize"), [("fp32", None), ("fp16", None), ("bf16", None), ("fp16", "int4"), ("bf16", "int4")]
+)
+def test_the_decoder_is_built_in_every_precision(
+    precision: str, quantize: str | None, make: Any, tmp_path: Path
+) -> None:
+    assert build(make(precision, quantize), "decoder", tmp_path / "decoder.engine") > 100_000
+
+
+@pytest.mark.parametrize("graph", ["vision_encoder", "compressor"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_other_graphs_are_built(graph: str, precision: str, make: Any, tmp_path: Path) -> None:
+    assert build(make(precision), graph, tmp_path / f"{graph}.engine") > 10_000
+
+
+def planted(bundle: Bundle, change: Any) -> onnx.ModelProto:
+    model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
+    change(model)
+    return model
+
+
+def unsupported_operator(model: onnx.ModelProto) -> None:
+    (node,) = [n for n in model.graph.node if n.op_type == "Softmax"][:1]
+    node.op_type = "Hardmax"
+    model.graph.node.append(onnx.helper.make_node("Det", [node.output[0]], ["planted"], name="planted/Det"))
+
+
+def mixed_types(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.graph.node if n.op_type == "Mul" and "/self_attn/Mul" in n.name)
+    cast = onnx.helper.make_node("Cast", [node.input[0]], ["planted_float"], name="planted/Cast", to=1)
+    at = list(model.graph.node).index(node)
+    node.input[0] = "planted_float"
+    model.graph.node.insert(at, cast)
+
+
+def wrong_int4_layout(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.graph.node if n.op_type == "DequantizeLinear")
+    for attribute in node.attribute:
+        if attribute.name == "axis":
+            attribute.i = 1
+
+
+@pytest.mark.parametrize("change", [unsupported_operator, mixed_types, wrong_int4_layout], ids=lambda c: c.__name__)
+def test_what_is_planted_is_refused_by_the_builder_and_by_the_check(change: Any, make: Any, tmp_path: Path) -> None:
+    bundle = make("fp16", "int4" if change is wrong_int4_layout else None)
+    model = planted(bundle, change)
+    with pytest.raises(SfexportError) as caught:
+        build(bundle, "decoder", tmp_path / "planted.engine", model)
+    assert "decoder" in caught.value.paragraph() or "planted" in caught.value.paragraph()
+    assert not (tmp_path / "planted.engine").exists()
+    support = support_for(version_text(NEWEST_TENSORRT))
+    assert check_graph(model, "decoder", support, weights=bundle.weights_directory), "found without TensorRT too"
+
+
+def test_a_target_decides_the_compute_capability(tmp_path: Path) -> None:
+    result = sfexport(
+        "build", SHIPPED, "-o", tmp_path / "e", "--backend", "tensorrt-rtx", "--target", "l4", "--precision", "fp16"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "e" / "engine.json").read_text())["compute_capabilities"] == ["SM89"]
+    refused = sfexport("build", SHIPPED, "-o", tmp_path / "f", "--backend", "tensorrt-rtx", "--target", "h100")
+    assert refused.exit_code == 2
+    assert_says(refused.stderr, "builds nothing for h100 (SM90)", "SM89")
+    assert not (tmp_path / "f").exists() and not (tmp_path / "f-bundle").exists()
+
+
+def test_kernels_have_no_use(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no plugins"):
+        api.build(SHIPPED, tmp_path / "e", backend="tensorrt-rtx", kernels=tmp_path)
+
+
+def test_a_machine_that_is_too_small_is_found_before_the_build(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rtx_build, "physical_memory", lambda: 400_000_000)
+    with pytest.raises(SfexportError, match=r"Building takes about .* this machine has 400\.0 MB"):
+        api.build(make("fp16").path, tmp_path / "e", backend="tensorrt-rtx")
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    rtx_library.library.cache_clear()
+    yield
+    rtx_library.library.cache_clear()
+
+
+def test_another_version_is_refused(fresh_library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtx_library, "runtime_version", lambda: "1.6.1.120")
+    with pytest.raises(SfexportError, match=r"1\.6\.1\.120 is installed; sfexport is made for 1\.7\.1\.116"):
+        rtx_library.library()
+
+
+def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(MissingDependency, match="tensorrt-rtx") as caught:
+        rtx_library.runtime_version()
+    assert "sfexport[rtx]" in caught.value.hint
+
+
+def test_bindings_that_do_not_load_are_told_from_absent_ones(
+    fresh_library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(MissingDependency, match="tensorrt-rtx"):
+        rtx_library.library()
+
+
+def test_engines_of_the_other_backend_are_refused(engines: Path, tmp_path: Path) -> None:
+    """An engine directory that says it is TensorRT's has no fields of it."""
+    content = json.loads((engines / "engine.json").read_text())
+    assert "gpu" not in content and "plugin" not in content
+    (tmp_path / "engine.json").write_text(json.dumps(content | {"backend": "tensorrt"}))
+    with pytest.raises((BundleError, InputError)):
+        api.load(tmp_path)
+
+
+def test_the_two_profiles_store_no_weight_twice(tmp_path: Path) -> None:
+    """Bytes of the engine and of its weights, for a model whose layers are most of it.
+
+    A graph that appended to its K/V by Concat took 1.5 times its weights.
+    """
+    checkpoint = tmp_path / "checkpoint"
+    write_random_checkpoint(checkpoint, changes={"hidden_size": 1024, "intermediate_size": 4096})
+    bundle = export(Checkpoint.open(checkpoint), tmp_path / "bundle", ExportOptions(precision="bf16", weights="copy"))
+    model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
+    stored = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    weights = sum(int({e.key: e.value for e in t.external_data}["length"]) for t in stored)
+    assert build(bundle, "decoder", tmp_path / "decoder.engine") <= 1.15 * weights
