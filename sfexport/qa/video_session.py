@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -202,7 +202,7 @@ class VideoSession:
 
     def ask_many(
         self,
-        questions: Sequence[str],
+        questions: Iterable[str],
         options: GenerationOptions | None = None,
         mode: str | None = None,
         on_text: Callable[[int, str], None] | None = None,
@@ -227,8 +227,12 @@ class VideoSession:
         The other arguments are those of `ask`.
 
         Raises:
-            InputError: as `ask`, for any of the questions; or the engines were built for fewer rows than `batch`.
+            InputError: as `ask`, for any of the questions; one text in place of a list of them; or engines built for
+                fewer rows than `batch`.
         """
+        if isinstance(questions, str):
+            raise InputError("ask_many takes a list of questions, not one text.", "Pass [question], or use ask.")
+        questions = list(questions)
         options = (self._defaults() if options is None else options).override(
             temperature,
             max_new_tokens=max_new_tokens,

@@ -109,6 +109,17 @@ def test_a_batch_is_a_whole_number(batch: object, session: VideoSession) -> None
         session.ask_many(QUESTIONS[:2], batch=batch)
 
 
+def test_one_text_is_no_list_of_questions(session: VideoSession) -> None:
+    """Its letters would be asked."""
+    with pytest.raises(InputError, match="a list of questions"):
+        session.ask_many("Why?")
+
+
+def test_questions_may_come_from_any_iterable(session: VideoSession, options: GenerationOptions) -> None:
+    found = session.ask_many((question for question in QUESTIONS[:2]), options)
+    assert [a.question for a in found] == list(QUESTIONS[:2])
+
+
 def test_no_question_has_no_answer(session: VideoSession) -> None:
     assert session.ask_many([]) == []
 
