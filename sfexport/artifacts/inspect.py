@@ -109,7 +109,7 @@ def _engines(engines: Engines) -> dict[str, Any]:
         "path": str(engines.path),
         "sfexport": content["sfexport"],
         **{key: content[key] for key in ("backend", "target", "machine", "runtime")},
-        **{key: content[key] for key in ("gpu", "cuda", "plugin", "limits") if key in content},
+        **{key: content[key] for key in ("gpu", "cuda", "compute_capabilities", "plugin", "limits") if key in content},
         "files": {name: entry["size"] for name, entry in content["files"].items()},
         "bundle": _bundle(engines.bundle),
     }
@@ -140,11 +140,15 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tensorrt_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    gpu, limits = document["gpu"], document["limits"]
+    limits = document["limits"]
     tokens = f"{limits['question_tokens']} prompt tokens, {limits['new_tokens']} new tokens"
+    takes = ("takes up to", f"{limits['frames']} frames, {tokens}, {limits['rows']} questions together")
+    if "compute_capabilities" in document:
+        return [("built for", ", ".join(document["compute_capabilities"]) or "every RTX card"), takes]
+    gpu = document["gpu"]
     return [
         ("built on", f"{gpu['name']} (SM {gpu['sm'] / 10:.1f}), CUDA {document['cuda']['newest']}"),
-        ("takes up to", f"{limits['frames']} frames, {tokens}"),
+        takes,
         ("plugin", {"ahead": "in the engine", "python": "Python"}.get(document["plugin"], "none")),
     ]
 

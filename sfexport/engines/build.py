@@ -284,7 +284,7 @@ def _open_rtx(engines: Engines) -> Backend:
     from sfexport.engines.tensorrt.backend import TensorRTBackend
     from sfexport.engines.tensorrt.cuda import device_sm
     from sfexport.engines.tensorrt.library import check_driver
-    from sfexport.engines.tensorrt.rtx_library import library
+    from sfexport.engines.tensorrt.rtx_library import RUNTIME, library
 
     trt = library()
     check_driver()
@@ -295,4 +295,4 @@ def _open_rtx(engines: Engines) -> Backend:
             f"SM{device_sm()}.",
             f"Build again: sfexport build {engines.bundle.path} -o {engines.path} --backend tensorrt-rtx",
         )
-    return TensorRTBackend(trt, engines.path, engines.bundle.config)
+    return TensorRTBackend(trt, engines.path, engines.bundle.config, RUNTIME)

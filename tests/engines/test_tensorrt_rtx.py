@@ -51,6 +51,9 @@ def test_the_command_builds_every_graph_without_a_gpu(engines: Path) -> None:
     assert Bundle.open(engines.parent / "engines-bundle").precision == Checkpoint.open(SHIPPED).half_precision
     shown = json.loads(sfexport("inspect", engines, "--json").stdout)
     assert (shown["kind"], shown["backend"]) == ("engines", "tensorrt-rtx")
+    table = sfexport("inspect", engines)
+    assert table.exit_code == 0
+    assert_says(table.stdout, "every RTX card", "3 questions together", "tensorrt-rtx 1.7.1.116")
 
 
 def test_without_a_driver_the_engines_are_refused_with_a_reason(engines: Path, tmp_path: Path) -> None:

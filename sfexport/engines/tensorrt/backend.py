@@ -157,15 +157,14 @@ class TensorRTBackend(Backend):
     """Run the three graphs with TensorRT.
 
     Args:
-        trt: the tensorrt module, with the plugins registered.
+        trt: the tensorrt module, with the plugins registered; or that of TensorRT for RTX.
         directory: directory that holds one .engine file per graph.
         config: the model's.
+        name: the backend's.
     """
 
-    name = RUNTIME
-
-    def __init__(self, trt: Any, directory: Path, config: ModelConfig) -> None:
-        self.config, self._trt = config, trt
+    def __init__(self, trt: Any, directory: Path, config: ModelConfig, name: str = RUNTIME) -> None:
+        self.name, self.config, self._trt = name, config, trt
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
         self._engines = {g: Engine(trt, self._runtime, directory / f"{g}.engine", self._logger) for g in GRAPHS}
