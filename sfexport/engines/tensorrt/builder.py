@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ class BuildOptions:
     Attributes:
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: TensorRT's default.
         timing_cache: file of timings of earlier builds, read and written; None: none.
-        capabilities: names of compute capabilities to build for ('SM89'; TensorRT for RTX); none: its default.
+        configure: sets what this module does not know on the builder's configuration; None: nothing.
         tf32: let float32 products drop to TF32: right for the float32 islands of a 16-bit graph, wrong for a graph
             that was exported in float32 for its accuracy.
     """
@@ -39,7 +39,7 @@ class BuildOptions:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     tf32: bool = True
-    capabilities: tuple[str, ...] = ()
+    configure: Callable[[Any], None] | None = None
 
 
 def build_engine(
@@ -173,10 +173,8 @@ def _configure(trt: Any, builder_config: Any, options: BuildOptions) -> None:
         builder_config.builder_optimization_level = options.optimization_level
     if not options.tf32:
         builder_config.clear_flag(trt.BuilderFlag.TF32)
-    if options.capabilities:
-        builder_config.num_compute_capabilities = len(options.capabilities)
-        for i, name in enumerate(options.capabilities):
-            builder_config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+    if options.configure is not None:
+        options.configure(builder_config)
     builder_config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the engine keeps its nodes' names
     if options.timing_cache is not None:
         file = options.timing_cache

@@ -54,7 +54,14 @@ def build_rtx(
         _check_memory(bundle, profiles)
     weights_read = check_weights(bundle, on_step)
     capabilities = () if options.target is None else (_capability(options.target),)
-    build = BuildOptions(options.optimization_level, tf32=bundle.precision != "fp32", capabilities=capabilities)
+
+    def configure(builder_config: Any) -> None:
+        builder_config.num_compute_capabilities = len(capabilities)
+        for i, name in enumerate(capabilities):
+            builder_config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+
+    tf32 = bundle.precision != "fp32"
+    build = BuildOptions(options.optimization_level, tf32=tf32, configure=configure if capabilities else None)
     for name in GRAPHS:
         on_step(f"building {name} with TensorRT for RTX {trt.__version__}")
         graph = directory / f"{name}.onnx"
