@@ -290,7 +290,7 @@ def test_engines_are_built_on_the_machine_they_are_for() -> None:
 
 def test_a_gpu_outside_the_table_is_judged_by_general_rules() -> None:
     device = H100.libcuda.devices[0].__class__
-    found = report(H100.but(libcuda=FakeCuda(13000, (device("NVIDIA GeForce RTX 4090", 8, 9, 128, 25_393_000_000),))))
+    found = report(H100.but(libcuda=FakeCuda(13000, (device("NVIDIA GeForce RTX 4080", 8, 9, 76, 17_171_000_000),))))
     assert found.target is None and found.can_build and verdicts(found)["machine"] == "warning"
     old = report(H100.but(libcuda=FakeCuda(13000, (device("Tesla T4", 7, 5, 40, 16_000_000_000),))))
     assert "GPU" in old.missing

@@ -23,10 +23,17 @@ from sfexport.versions import NEWEST_TENSORRT, OLDEST, version_numbers
 ALL = [target for choices in load_targets().values() for target in choices]
 ORINS = ["jetson-orin-agx-64", "jetson-orin-agx-32", "jetson-orin-nx-16", "jetson-orin-nx-8", "jetson-orin-nano-8"]
 
+RTX_CARDS = ["rtx-4090", "rtx-6000-ada", "rtx-5090", "rtx-pro-6000"]
+
 
 def test_the_rows_are_those_of_the_design() -> None:
-    assert list(load_targets()) == [*ORINS, "jetson-thor", "a100", "l4", "h100", "h200", "b200"]
-    assert [find_target(name).sm for name in load_targets()] == [87] * 5 + [110, 80, 89, 90, 90, 100]
+    assert list(load_targets()) == [*ORINS, "jetson-thor", "a100", "l4", "h100", "h200", "b200", *RTX_CARDS]
+    assert [find_target(name).sm for name in load_targets()] == [87] * 5 + [110, 80, 89, 90, 90, 100] + [
+        89,
+        89,
+        120,
+        120,
+    ]
 
 
 @pytest.mark.parametrize("target", ALL, ids=lambda t: f"{t.name}-{t.jetpack}")
@@ -138,6 +145,10 @@ def with_gpu(name: str, multiprocessors: int, memory_gb: float) -> FakeProbe:
         (with_gpu("NVIDIA A100-SXM4-80GB", 108, 85.1), "a100", None),
         (with_gpu("NVIDIA L4", 58, 23.7), "l4", None),
         (with_gpu("NVIDIA B200", 148, 191.5), "b200", None),
+        (with_gpu("NVIDIA GeForce RTX 4090", 128, 25.4), "rtx-4090", None),
+        (with_gpu("NVIDIA RTX 6000 Ada Generation", 142, 51.0), "rtx-6000-ada", None),
+        (with_gpu("NVIDIA GeForce RTX 5090", 170, 33.6), "rtx-5090", None),
+        (with_gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, 101.9), "rtx-pro-6000", None),
     ],
 )
 def test_a_machine_finds_its_row(probe: FakeProbe, name: str, jetpack: str | None) -> None:
@@ -156,7 +167,9 @@ def test_a_machine_finds_its_row(probe: FakeProbe, name: str, jetpack: str | Non
         with_gpu("NVIDIA A100-SXM4-40GB", 108, 42.4),
         with_gpu("NVIDIA H100 PCIe", 114, 85.0),
         with_gpu("NVIDIA H200 MIG 1g.18gb", 16, 18.0),
-        with_gpu("NVIDIA GeForce RTX 4090", 128, 25.4),
+        with_gpu("NVIDIA GeForce RTX 3090", 82, 25.4),
+        with_gpu("NVIDIA GeForce RTX 4090 Laptop GPU", 76, 17.1),
+        with_gpu("Quadro RTX 6000", 72, 25.2),
     ],
     ids=lambda p: p.files.get("/proc/device-tree/model") or (p.libcuda.devices[0].name if p.libcuda else "laptop"),
 )
