@@ -284,12 +284,13 @@ def _open_rtx(engines: Engines) -> Backend:
     from sfexport.engines.tensorrt.backend import TensorRTBackend
     from sfexport.engines.tensorrt.cuda import device_sm
     from sfexport.engines.tensorrt.library import check_driver
+    from sfexport.engines.tensorrt.rtx_build import default_capabilities
     from sfexport.engines.tensorrt.rtx_library import RUNTIME, library
 
     trt = library()
     check_driver()
-    built = engines.content["compute_capabilities"]
-    if built and f"SM{device_sm()}" not in built:
+    built = engines.content["compute_capabilities"] or default_capabilities(trt)
+    if f"SM{device_sm()}" not in built:
         raise BundleError(
             f"The engines in {engines.path} were built for {', '.join(built)}; this machine's GPU is of "
             f"SM{device_sm()}.",

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from conftest import Tree
 from helpers import assert_says, sfexport
+from test_parser_support import VARIANTS
+from trt_fake.host_cuda import HostDriver
 
 import sfexport as api
 from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
+from sfexport.engines.build import build as build_engines
+from sfexport.engines.build import choose_backend, engine_name, open_backend
 from sfexport.engines.profiles import Limits, resolve_profiles
-from sfexport.engines.tensorrt import rtx_build, rtx_library
+from sfexport.engines.tensorrt import cuda, rtx_build, rtx_library
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import BundleError, InputError, MissingDependency, SfexportError
@@ -63,6 +71,62 @@ def test_without_a_driver_the_engines_are_refused_with_a_reason(engines: Path, t
     assert any(word in caught.value.paragraph() for word in ("no NVIDIA driver", "cuda-python"))
 
 
+def played_driver(monkeypatch: pytest.MonkeyPatch, sm: int) -> HostDriver:
+    """A driver with one GPU; nothing of TensorRT may be called with it."""
+    driver = HostDriver(sm=sm)
+    monkeypatch.setattr(cuda, "bindings", lambda: driver)
+    for function in (cuda.initialise, cuda.device_sm):
+        monkeypatch.setattr(cuda, function.__name__, functools.cache(function.__wrapped__))
+    return driver
+
+
+def test_asking_without_a_driver_is_refused_in_one_paragraph(
+    engines: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver(flags: int) -> tuple[int]:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(played_driver(monkeypatch, 89), "cuInit", no_driver)
+    result = sfexport("ask", engines, tree.clip, "-q", "What is it?")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert_says(result.stderr, "There is no NVIDIA driver on this machine", "install NVIDIA's driver")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "sm", "taken"),
+    [([], 89, True), ([], 120, True), ([], 75, False), ([], 90, False), (["SM89"], 89, True), (["SM89"], 120, False)],
+)
+def test_only_cards_that_engines_were_built_for_load_them(
+    built_for: list[str], sm: int, taken: bool, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[Any, ...]] = []
+    played_driver(monkeypatch, sm)
+    monkeypatch.setattr("sfexport.engines.tensorrt.backend.TensorRTBackend", lambda *given: loaded.append(given))
+    opened = Engines.open(engines)
+    opened = replace(opened, content=opened.content | {"compute_capabilities": built_for})
+    if taken:
+        open_backend(opened)
+        assert loaded == [(TRT, opened.path, opened.bundle.config, "tensorrt-rtx")]
+        return
+    with pytest.raises(BundleError, match=rf"built for SM\d+.*GPU is of SM{sm}") as caught:
+        open_backend(opened)
+    assert "--backend tensorrt-rtx" in caught.value.hint and not loaded
+
+
+@pytest.mark.parametrize(("name", "version"), [("tensorrt", "11.4.1"), ("tensorrt-rtx", "1.8.0.1")])
+def test_engines_of_another_runtime_are_refused_by_name(name: str, version: str, engines: Path) -> None:
+    opened = Engines.open(engines)
+    other = replace(opened, content=opened.content | {"runtime": {"name": name, "version": version}})
+    with pytest.raises(BundleError, match=rf"built with {name} {version}; this machine has tensorrt-rtx 1\.7"):
+        open_backend(other)
+
+
+def test_auto_never_chooses_it_and_its_directories_name_it() -> None:
+    assert choose_backend("auto") != "tensorrt-rtx"
+    name = f"tensorrt-rtx-{importlib.metadata.version(rtx_library.BINDINGS)}"
+    assert [engine_name("tensorrt-rtx", target) for target in (None, "rtx-5090")] == [f"rtx-{name}", f"rtx-5090-{name}"]
+
+
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[tuple[str, str | None], Bundle] = {}
@@ -101,6 +165,28 @@ def test_the_decoder_is_built_in_every_precision(
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_other_graphs_are_built(graph: str, precision: str, make: Any, tmp_path: Path) -> None:
     assert build(make(precision), graph, tmp_path / f"{graph}.engine") > 10_000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_checkpoint_is_built(variant: str, tmp_path: Path) -> None:
+    tower, changes = VARIANTS[variant]
+    write_random_checkpoint(tmp_path / "checkpoint", tower=tower, changes=changes)
+    bundle = export(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "bundle", ExportOptions(precision="fp16"))
+    lines: list[str] = []
+    assert build_engines(bundle, tmp_path / "engines", "tensorrt-rtx", lines.append).content["target"] == "rtx"
+    assert not [line for line in lines if "already exists" in line], "functions are inlined"
+
+
+def test_ctrl_c_ends_the_build_and_leaves_nothing(make: Any, tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        steps.append(phase)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(make("fp16"), tmp_path / "engines", "tensorrt-rtx", on_progress=interrupt)
+    assert steps and not list(tmp_path.iterdir())
 
 
 def planted(bundle: Bundle, change: Any) -> onnx.ModelProto:
@@ -196,6 +282,19 @@ def test_bindings_that_do_not_load_are_told_from_absent_ones(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(MissingDependency, match="tensorrt-rtx"):
+        rtx_library.library()
+
+
+def test_libraries_of_another_version_are_not_loaded(
+    fresh_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the package's earlier versions."""
+    about = tmp_path / "onnxruntime_ep_nv_tensorrt_rtx_cu12-0.4.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {rtx_library.LIBRARIES}\nVersion: 0.4.0\n")
+    (about / "RECORD").write_text("rtx/libtensorrt_rtx.so.1.6.1,,\nrtx/libtensorrt_onnxparser_rtx.so.1.6.1,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependency, match=r"cu12 0\.4\.0 has no libtensorrt_rtx\.so\.1\.7\.1"):
         rtx_library.library()
 
 

@@ -92,6 +92,11 @@ def check_options(trt: Any, options: TensorRTOptions) -> None:
         )
 
 
+def default_capabilities(trt: Any) -> list[str]:
+    """List the compute capabilities of an engine without a target: all but Turing's, which has to be asked for."""
+    return [name for name in trt.ComputeCapability.__members__ if name.startswith("SM") and name != "SM75"]
+
+
 def _capability(target: Target) -> str:
     return f"SM{target.sm}"
 

@@ -20,8 +20,7 @@ RUNTIME = "tensorrt-rtx"
 BINDINGS = "tensorrt-rtx-cu12-bindings"
 LIBRARIES = "onnxruntime-ep-nv-tensorrt-rtx-cu12"
 INSTALL = "pip install 'sfexport[rtx]' (x86-64 Linux only)"
-# In the order in which one needs the other.
-_FILES = ("libcudart.so.12", "libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
+_FILES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
 
 
 @cache
@@ -39,7 +38,8 @@ def library() -> Any:
         )
     try:
         for name in _FILES:
-            ctypes.CDLL(str(_library_file(name)), ctypes.RTLD_GLOBAL)
+            # Not RTLD_GLOBAL: TensorRT's libraries have functions of the same names.
+            ctypes.CDLL(str(_library_file(f"{name}.{version_text(TENSORRT_RTX[:3])}")))
         import tensorrt_rtx_bindings
     except Exception as error:
         raise MissingDependency(BINDINGS, f"The {RUNTIME} backend", INSTALL, failure=error) from None
@@ -47,12 +47,12 @@ def library() -> Any:
 
 
 def _library_file(name: str) -> Path:
-    """Find a library by the beginning of its name. Raises FileNotFoundError."""
+    """Find a library by its name, which ends in its version. Raises FileNotFoundError."""
     distribution = importlib.metadata.distribution(LIBRARIES)
     for file in distribution.files or ():
-        if file.name.startswith(name):
+        if file.name == name:
             return Path(str(distribution.locate_file(file)))
-    raise FileNotFoundError(f"the package {LIBRARIES} has no {name}")
+    raise FileNotFoundError(f"the package {LIBRARIES} {distribution.version} has no {name}")
 
 
 def runtime_version() -> str:
