@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from helpers import sfexport
 
 from sfexport.checkpoint.config import DecodeMode
-from sfexport.cli import main
 from sfexport.demo.clip import write_frames
 from sfexport.demo.scenes import FPS, SIZE, UPSCALE, make_scene, video_frames
 from sfexport.demo.shipped import SHIPPED
@@ -161,13 +160,13 @@ def test_the_command_shows_answers_in_the_order_of_their_questions(pipeline: Pip
     asked = [part for question in QUESTIONS[:3] for part in ("-q", question)]
     outputs = {}
     for batch in ("1", "3"):
-        result = CliRunner().invoke(main, ["ask", str(pipeline.engines.path), str(clip), *asked, "--batch", batch])
+        result = sfexport("ask", pipeline.engines.path, clip, *asked, "--batch", batch)
         assert result.exit_code == 0, result.output
         outputs[batch] = result.stdout
     assert outputs["1"] == outputs["3"]
     lines = outputs["3"].splitlines()
     assert lines[::2] == [f"Q: {question}" for question in QUESTIONS[:3]]
     assert all(line.startswith("A: ") for line in lines[1::2])
-    refused = CliRunner().invoke(main, ["ask", str(pipeline.engines.path), str(clip), *asked, "--batch", "0"])
+    refused = sfexport("ask", pipeline.engines.path, clip, *asked, "--batch", "0")
     assert refused.exit_code == 2
     assert "The batch must be at least 1, not 0. Change --batch." in refused.stderr
