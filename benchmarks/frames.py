@@ -1,4 +1,4 @@
-"""What more frames cost the language model: slow-fast against all frames in self-attention.
+"""Measure prefill cost against the number of frames: slow-fast against all frames in self-attention.
 
     python benchmarks/frames.py -o docs/benchmarks      frames.md and frames.svg (2 GB of disk, 5 GB of memory)
     python benchmarks/frames.py --computed              the released model's FLOPs only: nothing is run
@@ -214,20 +214,20 @@ def lines(config: ModelConfig, seconds: dict[Lengths, Seconds]) -> list[Line]:
 def page(computed: list[str], measured: list[str], remark: str, repeats: int, about: str) -> str:
     intro = (
         f"`python benchmarks/frames.py --repeats {repeats}`. {about} Prompts: 100 tokens of text and the video; "
-        f"slow-fast keeps 16 frames' worth of fast tokens ({FEWEST * CELLS:,}) by its strides and gives the text "
-        f"{CELLS} slow tokens of every frame through cross-attention. Against it: all frames' tokens in the prompt. "
-        "The vision tower, whose cost grows with the frames either way, is not part of these figures."
+        f"slow-fast keeps 16 frames' worth of fast tokens ({FEWEST * CELLS:,}) by its strides, and its text attends to "
+        f"{CELLS} slow tokens of every frame by cross-attention. The alternative has all frames' tokens in the prompt. "
+        "The figures leave out the vision tower, whose cost grows with the frames either way."
     )
     about_computed = (
         "Decoder and slow K/V, from `sfexport/planning/flops.py`; both sides against their own 16 frames. The model "
-        "takes 4,096 positions, so that 64 frames in self-attention are beyond it."
+        "takes 4,096 positions: 64 frames in self-attention exceed them."
     )
     about_measured = (
         f"A random decoder as wide as Qwen2-0.5B ({LAYERS} layers, one of them hybrid, float32), called as a session "
-        f"calls it. The best of {repeats} interleaved repetitions. FLOPs: what the formulas say for this decoder."
+        f"calls it. The best of {repeats} interleaved repetitions. FLOPs: computed for this decoder by the same formulas."
     )
     blocks = [
-        "# What more frames cost the language model",
+        "# Prefill cost against the number of frames",
         intro,
         "![prefill against 16 frames](frames.svg)",
         "## FLOPs of the released 7 B model's prefill (computed)",

@@ -1,4 +1,6 @@
-"""What the cross-attention kernels take of each GPU: `python benchmarks/kernel_resources.py`. Needs no GPU.
+"""List registers and shared memory of the cross-attention kernels per compute capability.
+
+Run `python benchmarks/kernel_resources.py`; it needs no GPU.
 
 Compiles both kernels for every SM and type and assembles them with ptxas. With -o FILE the table is written there.
 """
@@ -45,10 +47,10 @@ def main() -> None:
     parser.add_argument("--all-heads", action="store_true", help="heads of 32 and 64 too, not only the 7B model's 128")
     options = parser.parse_args()
     lines = rows(HEAD_DIMS if options.all_heads else (128,))
-    text = f"""# What the cross-attention kernels take
+    text = f"""# Registers and shared memory of the cross-attention kernels
 
-`python benchmarks/kernel_resources.py`: Triton {triton_version()}, its own ptxas, no GPU. A launch may have 48 KB of
-shared memory without an opt-in, which an ahead-of-time plugin cannot make; nothing is spilled.
+`python benchmarks/kernel_resources.py`: Triton {triton_version()}, the ptxas that it ships, no GPU. Without an
+opt-in, which an AOT plugin cannot make, a launch has at most 48 KB of shared memory. No registers are spilled.
 
 {table(lines)}
 """

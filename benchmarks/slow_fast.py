@@ -1,4 +1,4 @@
-"""Why slow tokens exist: the demo model with and without them, on held-out clips as real video files.
+"""Measure what slow tokens contribute: the demo model with and without them, on held-out clips as video files.
 
     python benchmarks/slow_fast.py --clips 300 --plain RUN/checkpoint [--gelu RUN/checkpoint] -o docs/benchmarks
 
@@ -41,7 +41,7 @@ def chance(kind: str) -> float:
 def markdown(results: Results, note: str) -> str:
     """The table, kinds as rows."""
     columns = [c for c in COLUMNS if c in results]
-    lines = ["# What the slow tokens are for", "", note, ""]
+    lines = ["# What slow tokens contribute to answers", "", note, ""]
     lines += ["| kind | chance | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
     lines += ["|---" * (len(columns) + 2) + "|"]
     for kind in results[columns[0]]:
