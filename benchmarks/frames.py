@@ -224,7 +224,7 @@ def page(computed: list[str], measured: list[str], remark: str, repeats: int, ab
     )
     about_measured = (
         f"A random decoder as wide as Qwen2-0.5B ({LAYERS} layers, one of them hybrid, float32), called as a session "
-        f"calls it. The best of {repeats} interleaved repetitions. FLOPs: computed for this decoder by the same formulas."
+        f"calls it. The best of {repeats} interleaved repetitions. FLOPs: by the same formulas, for this decoder."
     )
     blocks = [
         "# Prefill cost against the number of frames",

@@ -1,4 +1,4 @@
-"""The public functions: what the verbs of the command line call, for Python programs.
+"""Define the public functions, which the commands of the command line call too.
 
 Each is available as `sfexport.<name>` and imports what it needs when it is called.
 """
@@ -36,23 +36,23 @@ def export(
     digest: str = "sampled",
     on_step: OnStep = no_step,
 ) -> Bundle:
-    """Write a checkpoint's three graphs, tokenizer and manifest as a bundle; it appears whole or not at all.
+    """Write a checkpoint's three graphs, tokenizer and manifest as a bundle; it is written completely or not at all.
 
     Args:
         checkpoint: directory of a Slow-Fast checkpoint: config.json, tokenizer, safetensors.
         output: directory to write; default ./<checkpoint name>-bundle. Only an earlier bundle is replaced.
         frames: frames sampled from a video by default; default the checkpoint's number, else 64.
-        weights: 'reference' points into the checkpoint's shards, 'copy' takes them along, 'auto' copies up to 64 MB.
-        precision: 'fp32', 'fp16' or 'bf16': the type the graphs compute in.
-        quantize: 'int4' rounds the decoder's weights to 4 bits; the bundle then holds all weights itself.
+        weights: 'reference' points into the checkpoint's shards, 'copy' copies them, 'auto' copies up to 64 MB.
+        precision: 'fp32', 'fp16' or 'bf16': the type that the graphs compute in.
+        quantize: 'int4' rounds the decoder's weights to 4 bits; the bundle then contains all weights.
         lm_head: 'int8' (the default) or 'fp16': the language-model head of a quantized bundle.
-        split_lm_head: number of pieces the language-model head is computed in.
-        digest: 'sampled' or 'full': how much of referenced weights the manifest keeps digests of.
+        split_lm_head: number of parts to split the language-model head into.
+        digest: digests of referenced weights: 'sampled' blocks of every tensor, or 'full': every byte too.
         on_step: called with one line of text per step.
 
     Raises:
         CheckpointError: a tensor is missing or misshapen, or the configuration cannot be exported.
-        InputError: an option has no meaning, the output cannot be written, or the disk is too small.
+        InputError: an option is invalid, the output cannot be written, or the disk is too small.
     """
     from sfexport.checkpoint.checkpoint import Checkpoint
     from sfexport.exporting.export import ExportOptions
@@ -101,15 +101,15 @@ def build(
         max_new_tokens: largest number of tokens of an answer (TensorRT); default 256.
         max_batch: largest number of questions that are decoded together (TensorRT); default 8.
         kernels: directory of compiled kernels that `check_build` wrote (TensorRT without Triton).
-        optimization_level: TensorRT's, 0 (builds fastest) to 5 (runs fastest); default TensorRT's own.
+        optimization_level: TensorRT's level, 0 (builds fastest) to 5 (runs fastest); default TensorRT's own.
         force: build even if the weights do not seem to fit into memory.
         on_step: called with one line of text per step.
-        on_progress: called with a TensorRT phase, its steps done and its steps in all.
+        on_progress: called with the name of a TensorRT build phase, its finished steps and its total steps.
 
     Raises:
         MissingDependency: the backend's library is not installed.
         CheckpointError, BundleError: the source is incomplete or damaged, or a weight is not finite.
-        InputError: an option has no meaning, the bundle differs from what is asked for, or the output is taken.
+        InputError: an option is invalid, the bundle differs from what is asked for, or the output cannot be replaced.
         SfexportError: the runtime refuses a graph, the weights do not fit into memory, or there is no GPU.
     """
     from sfexport.engines import build as building
@@ -153,7 +153,7 @@ def check_build(
 
     Raises:
         CheckpointError, BundleError: the source is incomplete or damaged.
-        InputError: an option has no meaning, or the output is taken.
+        InputError: an option is invalid, or the output cannot be replaced.
     """
     from tempfile import TemporaryDirectory
 
@@ -168,7 +168,7 @@ def check_build(
         target, jetpack, frames, max_question_tokens, max_new_tokens, max_batch, kernels, optimization_level
     )
     if options.target is None:
-        raise InputError("--check needs a --target.", "For instance --target jetson-orin-agx-64.")
+        raise InputError("--check needs a --target.", "Name one, such as --target jetson-orin-agx-64.")
     request = _export_request("tensorrt", options, precision, quantize)
     with TemporaryDirectory() as folder:
         bundle = open_or_export(source, Path(folder) / "bundle", output, request, BUILD_FILE, on_step)
@@ -219,7 +219,7 @@ def parity(
     Raises:
         MissingDependency: torch or transformers is not installed.
         BundleError: the engines or the checkpoint they came from are not usable here.
-        InputError, VideoError: an option has no meaning, or the video cannot be read.
+        InputError, VideoError: an option is invalid, or the video cannot be read.
     """
     from sfexport.comparing.run import DEFAULT_QUESTION, run_parity, tolerance_for
     from sfexport.qa.pipeline import Pipeline
@@ -266,7 +266,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def diagnose(target: str | None = None) -> Diagnosis:
-    """Find out whether engines can be built and run on this machine, and what fixes what is missing.
+    """Check whether engines can be built and run on this machine, and list the commands that fix what is missing.
 
     Args:
         target: name of the machine that engines are wanted for; default this one.
@@ -296,7 +296,7 @@ def _tensorrt_options(
     from sfexport.machines.targets import find_target
 
     if jetpack is not None and target is None:
-        raise InputError("--jetpack needs a --target.", "For instance --target jetson-orin-agx-64.")
+        raise InputError("--jetpack needs a --target.", "Name one, such as --target jetson-orin-agx-64.")
     return TensorRTOptions(
         target=find_target(target, jetpack) if target is not None else None,
         frames=frames,
@@ -316,7 +316,7 @@ def _outputs(source: Path, output: str | Path | None, backend: str, target: str 
         name = _directory_name(source)
         return Path(f"{name}-bundle"), Path(f"{name}-engines") / engine_name(backend, target)
     output = as_output(output)
-    # A place without a name of its own ('.', '/') is refused once it is looked at.
+    # A path without a name of its own ('.', '/') is refused later, when the output is checked.
     return output.parent / f"{output.name or _directory_name(output)}-bundle", output
 
 

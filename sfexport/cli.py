@@ -1,6 +1,6 @@
-"""The command line: the group of verbs (a file each in sfexport/commands) and the handling of their errors.
+"""Define the command line: the group of commands (a file each in sfexport/commands) and how their errors are shown.
 
-Heavy libraries are imported when a verb runs: `sfexport --help` needs click alone.
+Heavy libraries are imported when a command runs: `sfexport --help` needs click alone.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class _Commands(click.Group):
 
 @contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
-    """End a verb by SIGTERM or SIGHUP as by Ctrl-C, so that nothing half-written stays.
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that no half-written file stays.
 
-    Service managers and containers send the one, a terminal that is closed the other. A signal that was ignored when
+    Service managers and containers send SIGTERM, a terminal that is closed sends SIGHUP. A signal that was ignored when
     the process started, as under nohup, stays ignored.
     """
 
@@ -88,14 +88,14 @@ def _unexpected(error: Exception) -> str:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="sfexport")
 def main() -> None:
-    """Slow-Fast Video MLLM checkpoints to engines that answer questions about videos offline.
+    """Export Slow-Fast Video MLLM checkpoints to engines that answer questions about videos offline.
 
     \b
-    The whole way on a tiny model:  sfexport demo
-    The usual way:                  sfexport build CHECKPOINT -o ENGINES
-                                    sfexport ask ENGINES video.mp4 -q "What happens in the video?"
+    Try a tiny model:     sfexport demo
+    Use your checkpoint:  sfexport build CHECKPOINT -o ENGINES
+                          sfexport ask ENGINES video.mp4 -q "What happens in the video?"
     """
 
 
-for _verb in (demo, export, build, ask, inspect, parity, doctor, plan):
-    main.add_command(_verb)
+for _command in (demo, export, build, ask, inspect, parity, doctor, plan):
+    main.add_command(_command)

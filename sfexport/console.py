@@ -1,6 +1,6 @@
 """Print for the commands: results on stdout, progress and errors on stderr.
 
-On a terminal with rich, elsewhere in plain lines. Nothing reaches a terminal with its control characters (see
+Uses rich on a terminal, plain lines elsewhere. No control character reaches a terminal unescaped (see
 sfexport.printable). rich is imported only when something is shown.
 """
 
@@ -25,7 +25,7 @@ def status(line: str) -> None:
 
 
 def document(value: Any) -> None:
-    """Print a result as one JSON document on stdout, ASCII whatever it holds."""
+    """Print a result as one JSON document on stdout, in ASCII."""
     _write(sys.stdout, json_text(value) + "\n")
 
 
@@ -159,7 +159,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    # No frame: it would cost the width that keeps names whole in 80 columns.
+    # No frame: names then fit into 80 columns.
     view = Table(
         title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), show_header=any(header)
     )

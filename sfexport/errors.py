@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SfexportError(Exception):
-    """Something sfexport can explain: what is wrong, with which file or value, and what to do.
+    """An error that sfexport explains: what is wrong, with which file or value, and what to do.
 
     Attributes:
         hint: what the reader can do about it (printed after the message), or an empty string.
@@ -16,7 +16,7 @@ class SfexportError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-        # A traceback shows the message alone; in a notebook the hint is wanted too.
+        # A traceback shows the message alone: add the hint as a note.
         if hint and hasattr(self, "add_note"):
             self.add_note(hint)
 
@@ -48,7 +48,7 @@ class MissingDependency(SfexportError):
 
     Args:
         found: the installed version, if it is too old.
-        oldest: the oldest version that will do.
+        oldest: the oldest supported version.
         failure: the exception that importing it raised.
     """
 
@@ -69,11 +69,12 @@ class MissingDependency(SfexportError):
         else:
             needs = f"the library '{library}', which does not load ({type(failure).__name__}: {failure})"
             hint = (
-                f"It, or a library that the error names, is damaged or of another version. Install it again: {install}"
+                "This library, or one that the error names, is damaged or has another version. "
+                f"Install it again: {install}"
             )
         super().__init__(f"{purpose} needs {needs}.", hint)
 
 
 def _is_absence(failure: Exception) -> bool:
-    """Tell whether a whole package is absent, rather than a part of one that is there."""
+    """Return whether a whole package is absent, not a part of an installed one."""
     return isinstance(failure, ModuleNotFoundError) and "." not in (failure.name or ".")

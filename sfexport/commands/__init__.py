@@ -1,4 +1,4 @@
-"""The verbs, one file each: options and help, one call, the result printed.
+"""Define the commands of `sfexport`, one file each: options and help, one call, the printed result.
 
-Each imports click and sfexport.console; what its verb needs is imported when the verb runs.
+Each file imports click and sfexport.console; what its command needs is imported when the command runs.
 """

@@ -1,4 +1,4 @@
-"""`sfexport ask`: questions about a video."""
+"""`sfexport ask`: answer questions about a video."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 @click.argument("video")
 @click.option("-q", "--question", "questions", multiple=True, required=True, help="A question; may be repeated.")
 @click.option(
-    "--mode", type=MODES, help="Whether answer tokens see the slow tokens (trained) or not.  [default: the model's]"
+    "--mode",
+    type=MODES,
+    help="Whether answer tokens attend to slow tokens (trained) or not (released).  [default: the model's]",
 )
 @click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
 @click.option(
@@ -34,19 +36,22 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
     help="Frame sampling rule.",
 )
 @click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
-@click.option("--temperature", type=float, help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--temperature", type=float, help="Sampling temperature; 0 is greedy.  [default: the checkpoint's]")
 @click.option(
-    "--top-k", type=int, help="Sample among the k likeliest tokens only; 0: all.  [default: the checkpoint's, else 50]"
+    "--top-k",
+    type=int,
+    help="Sample among the k most likely tokens only; 0: all.  [default: the checkpoint's, else 50]",
 )
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens with this mass only.")
-@click.option("--repetition-penalty", type=float, help="Above 1: less likely to repeat itself.")
-@click.option("--batch", type=int, help="Questions that are decoded together.  [default: 8, or what the engines take]")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="A further token that ends the answer; may be repeated.")
+@click.option("--top-p", type=float, help="Sample among the most likely tokens of this total probability only.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes repeated tokens less likely.")
+@click.option("--batch", type=int, help="Maximum questions decoded together.  [default: 8, or the engines' maximum]")
+@click.option("--seed", type=int, help="Seed that makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="An additional token that ends the answer; may be repeated.")
 @click.option(
     "--control-tokens",
     is_flag=True,
-    help="Let control tokens typed in a question (<|im_end|>) act as such, as in the reference.  [default: as text]",
+    help="Read control tokens typed in a question (<|im_end|>) as control tokens, as in the reference.  "
+    "[default: as text]",
 )
 @json_option
 def ask(
@@ -64,7 +69,8 @@ def ask(
 ) -> None:
     """Answer questions about a VIDEO with ENGINES. The video is encoded once for all questions.
 
-    VIDEO is a file (a clip or a picture), a folder of pictures that are its frames, or - for a file on standard input.
+    VIDEO is a file (a clip or a picture), a directory of pictures that are its frames, or - for a file on standard
+    input.
     """
     pipeline = sfexport.load(engines)
     options = pipeline.generation_options().override(**generation)

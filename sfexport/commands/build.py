@@ -34,18 +34,19 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]),
     default="auto",
     show_default=True,
-    help="What runs the graphs: TensorRT where it is installed beside a GPU, else ONNX Runtime (auto); tensorrt-rtx "
+    help="What runs the graphs. auto: TensorRT if it is installed and there is a GPU, else ONNX Runtime; tensorrt-rtx "
     "builds without a GPU; torch is the PyTorch model itself, for comparison.",
 )
-@click.option("--target", help="The machine TensorRT engines are for, as in 'sfexport doctor'.  [default: this one]")
+@click.option("--target", help="Machine that TensorRT engines are for, such as h100.  [default: this one]")
 @click.option("--jetpack", help="The target's JetPack, for --check.  [default: the target's]")
-@click.option("--check", is_flag=True, help="Build nothing: check a TensorRT build for --target, on any machine.")
+@click.option("--check", is_flag=True, help="Check a TensorRT build for --target on any machine; build nothing.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", *PRECISIONS]),
     default="auto",
     show_default=True,
-    help="For a CHECKPOINT. auto: for TensorRT the weights' own type (fp16 for fp32 weights), else fp32.",
+    help="For a CHECKPOINT: type that the graphs compute in. auto: for TensorRT the weights' own type (fp16 for fp32 "
+    "weights), else fp32.",
 )
 @click.option(
     "--quantize", type=click.Choice(["int4"]), help="For a CHECKPOINT: round the decoder's weights to 4 bits."
@@ -54,11 +55,11 @@ if TYPE_CHECKING:
 @click.option("--max-question-tokens", type=int, help="Maximum text tokens of a prompt (TensorRT).  [default: 512]")
 @click.option("--max-new-tokens", type=int, help="Maximum tokens of an answer (TensorRT).  [default: 256]")
 @click.option("--max-batch", type=int, help="Maximum questions decoded together (TensorRT).  [default: 8]")
-@click.option("--kernels", type=DIRECTORY, help="Kernels compiled by --check elsewhere (TensorRT without Triton).")
+@click.option("--kernels", type=DIRECTORY, help="Directory of kernels that --check -o wrote (TensorRT without Triton).")
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),
-    help="TensorRT's: 0 builds fastest, 5 runs fastest.  [default: TensorRT's]",
+    help="TensorRT's optimization level: 0 builds fastest, 5 runs fastest.  [default: TensorRT's]",
 )
 @click.option("--force", is_flag=True, help="Build even if the weights do not seem to fit into memory.")
 @json_option
@@ -75,10 +76,10 @@ def build(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported beside them first).
+    """Build engines from a BUNDLE, or from a CHECKPOINT (which is exported first).
 
     With --check: check a TensorRT build for --target on this machine; -o then names a directory to write for the
-    target. Exits with 1 if the check finds a gap.
+    target. Exits with 1 if the check fails.
     """
     if check:
         found = sfexport.check_build(source, output, target=target, on_step=console.step, **options)
@@ -111,4 +112,4 @@ def _show_check(found: Readiness, output: Path | None, as_json: bool) -> None:
     title = f"{target.name}: {system}TensorRT {target.tensorrt}, {found.precision}, {found.limits.frames} frames"
     console.table(title, ("what", "checked", "found", "verdict"), found.rows())
     if output is not None:
-        console.result(f"written to {output}; on the target: {output.name}/build.sh CHECKPOINT")
+        console.result(f"written to {output}; copy it to the target and run {output.name}/build.sh CHECKPOINT")

@@ -1,4 +1,4 @@
-"""What the verbs share: types of arguments, the --json option, examples at the end of a help text."""
+"""Define what the commands share: types of arguments, the --json option, examples at the end of a help text."""
 
 from __future__ import annotations
 

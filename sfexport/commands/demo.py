@@ -1,4 +1,4 @@
-"""`sfexport demo`: the whole way once."""
+"""`sfexport demo`: export, build, ask and compare once with a tiny model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sfexport.commands.common import DIRECTORY, with_examples
 )
 @click.pass_context
 def demo(ctx: click.Context, output: Path) -> None:
-    """Go the whole way once on a tiny model: checkpoint, export, build, ask, parity.
+    """Export, build, ask and compare with a tiny model that ships with sfexport.
 
-    Parity is computed with PyTorch where it is installed, and shown with its recorded outputs where it is not.
+    The engines are compared with PyTorch if it is installed, else with its recorded outputs.
     """
     from sfexport.demo.run import run_demo
 

@@ -18,7 +18,7 @@ def doctor(ctx: click.Context, target: str | None, as_json: bool) -> None:
     """Show whether engines can be built and run here, and the commands that fix what is missing.
 
     Exits with 0 if TensorRT engines (with --target: for that machine) can be built here, with 1 if not. Without
-    --target and without an NVIDIA GPU, ONNX Runtime is enough for 0.
+    --target and without an NVIDIA GPU, exits with 0 if ONNX Runtime works.
     """
     from sfexport.doctor.diagnosis import show
 

@@ -1,4 +1,4 @@
-"""`sfexport export`: a checkpoint to a bundle of three graphs."""
+"""`sfexport export`: write a checkpoint's three graphs as a bundle."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ from sfexport.dtypes import PRECISIONS
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="What the graphs compute in, whatever the weights are stored in.",
+    help="Type that the graphs compute in, whatever type the weights are stored in.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(["int4"]),
-    help="Round the decoder's weights to 4 bits; the bundle then holds all weights itself.",
+    help="Round the decoder's weights to 4 bits; the bundle then contains all weights.",
 )
 @click.option(
     "--lm-head",
     type=click.Choice(["int8", "fp16"]),
-    help="The language-model head of a quantised bundle; fp16: 16 bits, not rounded.  [default: int8]",
+    help="Format of the language-model head in a quantized bundle; fp16: 16 bits, not rounded.  [default: int8]",
 )
 @click.option(
-    "--split-lm-head", type=int, default=1, show_default=True, help="Pieces the language-model head is computed in."
+    "--split-lm-head", type=int, default=1, show_default=True, help="Parts to split the language-model head into."
 )
 @click.option(
     "--digest",
     type=click.Choice(["sampled", "full"]),
     default="sampled",
     show_default=True,
-    help="Digests that referenced weights are recognised by: of sampled blocks, or of every byte too (slower).",
+    help="Digests that referenced weights are verified by: of sampled blocks, or of every byte too (slower).",
 )
 @json_option
 def export(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Write a CHECKPOINT's three graphs as a bundle. Takes seconds: weights are not copied unless they are small.
+    """Write a CHECKPOINT's three graphs as a bundle. This takes seconds: weights are not copied unless they are small.
 
-    With --quantize the weights are read, rounded and written as they stream by: minutes for a large model.
+    With --quantize the weights are streamed, rounded and written, which takes minutes for a large model.
     """
     bundle = sfexport.export(checkpoint, output, on_step=console.step, **options)
     if as_json:

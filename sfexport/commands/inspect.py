@@ -1,4 +1,4 @@
-"""`sfexport inspect`: what is in a directory."""
+"""`sfexport inspect`: describe a checkpoint, bundle or engine directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 @click.argument("path", type=DIRECTORY)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what is in a checkpoint, bundle or engine directory: config, inputs and outputs, sizes, versions."""
+    """Describe a checkpoint, bundle or engine directory: config, inputs and outputs, sizes, versions."""
     from sfexport.artifacts.inspect import graph_rows, rows
 
     document = sfexport.inspect(path)

@@ -1,4 +1,4 @@
-"""`sfexport parity`: engines against PyTorch."""
+"""`sfexport parity`: compare engines with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
     "-q", "--question", default="What happens in the video?", show_default=True, help="The question to answer."
 )
 @click.option("--frames", type=int, help="Frames sampled from the video.  [default: the bundle's]")
-@click.option("--max-new-tokens", type=int, default=16, show_default=True, help="Tokens per answer.")
+@click.option("--max-new-tokens", type=int, default=16, show_default=True, help="Maximum tokens per answer.")
 @click.option("--atol", type=float, help="Absolute tolerance.  [default: 1e-4 in fp32, more in fp16, bf16 and INT4]")
 @click.option("--rtol", type=float, help="Tolerance relative to the largest PyTorch value.  [default: as for --atol]")
 @json_option

@@ -1,4 +1,4 @@
-"""`sfexport plan`: memory and speed before a build."""
+"""`sfexport plan`: compute memory and speed before a build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfexport.commands.common import DIRECTORY, json_option, with_examples
 )
 @click.command()
 @click.argument("checkpoint", type=DIRECTORY)
-@click.option("--target", help="A target as in 'sfexport doctor', 'cpu' or 'all'.  [default: this machine]")
+@click.option("--target", help="Name of a target such as h100, 'cpu' or 'all'.  [default: this machine]")
 @click.option("--jetpack", help="The target's JetPack.  [default: the target's]")
 @click.option("--frames", type=int, help="Frames of a video.  [default: the checkpoint's, else 64]")
 @json_option

@@ -74,11 +74,11 @@ def _machine(machine: Machine, target: Target | None) -> DoctorCheck:
     if target is None:
         if not machine.cuda.device:
             return DoctorCheck("machine", seen, "any")
-        fix = "Its GPU is not in the table of targets: what follows is judged by general rules."
+        fix = "This GPU is not in the table of targets: the checks below use general rules."
         return DoctorCheck("machine", seen, "a known target", WARNING, fix)
     if here is None or here.name == target.name:
         return DoctorCheck("machine", seen, target.name)
-    fix = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build them there."
+    fix = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build on {target.name}."
     return DoctorCheck("machine", seen, target.name, WARNING, fix)
 
 
@@ -102,7 +102,7 @@ def _wrong_python(machine: Machine, target: Target | None) -> bool:
 
 
 def _new_venv() -> str:
-    return "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv, and install sfexport in that one."
+    return "/usr/bin/python3 -m venv --system-site-packages ~/sfexport-venv, then install sfexport in it."
 
 
 def _jetpack(machine: Machine, target: Target | None) -> DoctorCheck | None:
@@ -149,7 +149,7 @@ def _gpu(machine: Machine, target: Target | None) -> DoctorCheck:
     if target and gpu.sm != target.sm:
         return DoctorCheck("GPU", seen, expected, MISSING, _build_there(target))
     if gpu.sm < OLDEST_SM:
-        return DoctorCheck("GPU", seen, expected, MISSING, "This GPU is too old for TensorRT engines of sfexport.")
+        return DoctorCheck("GPU", seen, expected, MISSING, "This GPU is too old for sfexport's TensorRT engines.")
     return DoctorCheck("GPU", seen, expected)
 
 
@@ -157,13 +157,13 @@ def _gpu_fix(machine: Machine, target: Target | None) -> str:
     if machine.cuda.error == "cuInit answers 803":
         return "The driver's library and its kernel module are of different versions: reboot."
     if machine.cuda.error:
-        return "The driver sees no GPU: look at CUDA_VISIBLE_DEVICES, at /dev/nvidia* and at sudo dmesg."
-    return "First the CUDA driver." if machine.cuda.device else _build_there(target)
+        return "The driver finds no GPU: check CUDA_VISIBLE_DEVICES, /dev/nvidia* and the output of sudo dmesg."
+    return "Install the CUDA driver first." if machine.cuda.device else _build_there(target)
 
 
 def _build_there(target: Target | None) -> str:
     name = target.name if target else "NAME"
-    return f"Prepare here, build there: sfexport build CHECKPOINT --target {name} --check"
+    return f"Check here, then build on the target: sfexport build CHECKPOINT --target {name} --check"
 
 
 def _tensorrt(machine: Machine, target: Target | None) -> DoctorCheck:
@@ -185,10 +185,10 @@ def _tensorrt(machine: Machine, target: Target | None) -> DoctorCheck:
     if found.cuda and found.cuda > _cuda_major(machine, target):
         seen = f"{seen} for CUDA {found.cuda}"
         return DoctorCheck(
-            "TensorRT", seen, "one for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda)
+            "TensorRT", seen, "a build for this driver's CUDA", MISSING, _replace_tensorrt(machine, found.cuda)
         )
     if version_numbers(found.version)[:2] > NEWEST_TENSORRT:
-        return DoctorCheck("TensorRT", seen, expected, WARNING, "Newer than any that sfexport was checked against.")
+        return DoctorCheck("TensorRT", seen, expected, WARNING, "sfexport was not checked against a version this new.")
     return DoctorCheck("TensorRT", seen, expected)
 
 
@@ -207,7 +207,7 @@ def _tensorrt_fix(machine: Machine, target: Target | None) -> str:
     if _wrong_python(machine, target):
         return f"apt's module is not for Python {machine.python}: {_new_venv()}"
     if machine.in_venv and not machine.system_packages:
-        reason = "Let this venv see apt's packages (what is installed in it stays)"
+        reason = "Let this venv see apt's packages (its own packages are kept)"
         return f"{reason}: /usr/bin/python3 -m venv --system-site-packages {machine.prefix}"
     return _reinstall(machine)
 
@@ -233,7 +233,7 @@ def _replace_tensorrt(machine: Machine, cuda: int) -> str:
 def _reinstall(machine: Machine) -> str:
     if machine.jetson_model:
         return f"sudo apt install --reinstall {APT_TENSORRT}"
-    return f"Install it anew, libraries and all: {_install_tensorrt(machine)}"
+    return f"Reinstall it with its libraries: {_install_tensorrt(machine)}"
 
 
 def _numpy(machine: Machine, target: Target | None) -> DoctorCheck | None:
@@ -310,7 +310,7 @@ def _memory(machine: Machine, target: Target | None) -> DoctorCheck:
     seen = f"{machine.memory_gb:.1f} GB, {free:.1f} free, {swap:.1f} swap"
     if machine.memory_gb + swap >= needed:
         return DoctorCheck("memory", seen, expected)
-    return DoctorCheck("memory", seen, expected, WARNING, "Smaller models fit; for this one, more memory or swap.")
+    return DoctorCheck("memory", seen, expected, WARNING, "Use a smaller model, or add memory or swap.")
 
 
 def _disk(machine: Machine, target: Target | None) -> DoctorCheck:

@@ -191,7 +191,7 @@ def choose_targets(name: str | None, jetpack: str | None = None) -> list[Target]
         InputError: an unknown name or JetPack, or this machine has a GPU that the table of targets does not have.
     """
     if jetpack is not None and name in (None, ALL, CPU):
-        raise InputError("--jetpack needs a --target of its own.", "For instance --target jetson-orin-agx-64.")
+        raise InputError("--jetpack needs a --target of its own.", "Name one, such as --target jetson-orin-agx-64.")
     if name == ALL:
         return [choices[0] for choices in load_targets().values()]
     if name == CPU:

@@ -113,31 +113,31 @@ def notes(plan: Plan) -> Iterator[str]:
     )
     if plan.targets[0].name == CPU:
         yield (
-            "Nothing was run. Bytes of one process that loads the graphs and answers a question. int4+...: "
-            "a bundle in fp32 with rounded weights. fp16 is computed in fp32, with the weights so in memory."
+            "Nothing was run. The figures are the memory of one process that loads the graphs and answers a question. "
+            "int4+...: a bundle in fp32 with rounded weights. fp16: computed in fp32, with fp32 weights in memory."
         )
         return
     yield (
         "Nothing was built or run. GB are 10^9 bytes, MB 10^6. On a Jetson, building and answering share the board's "
-        f"memory with the system, for which {SYSTEM_BYTES / GB:.1f} GB are set aside; beside other GPUs the host needs "
-        "memory for building too."
+        f"memory with the system, for which {SYSTEM_BYTES / GB:.1f} GB are reserved. With other GPUs, building needs "
+        "host memory too."
     )
     yield (
-        f"Memory: room for {limits.question_tokens} tokens of text in a prompt and {limits.new_tokens} of an answer; "
-        "every node's output kept until its last use. Fits 'answers': for engines built with swap or on a larger "
-        "board of the same kind."
+        f"Memory: for at most {limits.question_tokens} tokens of text in a prompt and {limits.new_tokens} of an "
+        "answer; every node's output is kept until its last use. Fits 'answers': the engines run, but must be built "
+        "with swap or on a larger board of the same kind."
     )
     yield (
         "First answer: vision, slow K/V and prefill, without reading the video. '-': the table of targets has no fp32 "
-        "rate. tokens/s is a range between what others measured of plain ONNX graphs and of runtimes with kernels of "
-        "their own; launches and small kernels, which hold back a fast GPU, are not counted."
+        "rate. tokens/s is a range: others measured its lower end with plain ONNX graphs, its upper end with "
+        "runtimes that have their own kernels. Launches and small kernels, which limit a fast GPU, are not counted."
     )
     for efficiency in dict.fromkeys(target.efficiency for target in plan.targets if target.efficiency is not None):
         names = [t.name for t in plan.targets if t.efficiency == efficiency]
         where = "" if len(plan.targets) == 1 else f" on {', '.join(names)}"
         yield (
-            f"Assumed{where}: decoding at {efficiency.plain_bandwidth:.0%} of the bandwidth (plain ONNX graphs, which "
-            f"sfexport's are) to {efficiency.bandwidth:.0%} (runtimes with kernels of their own); prefill at "
+            f"Assumed{where}: decoding at {efficiency.plain_bandwidth:.0%} of the bandwidth (plain ONNX graphs, such "
+            f"as sfexport's) to {efficiency.bandwidth:.0%} (runtimes with their own kernels); prefill at "
             f"{efficiency.prefill:.0%} ({efficiency.prefill_int4:.0%} with int4) and vision at {efficiency.vision:.0%} "
             "of the fp16 rate."
         )
