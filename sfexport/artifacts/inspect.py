@@ -144,7 +144,7 @@ def _tensorrt_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = f"{limits['question_tokens']} prompt tokens, {limits['new_tokens']} new tokens"
     takes = ("takes up to", f"{limits['frames']} frames, {tokens}, {limits['rows']} questions together")
     if "compute_capabilities" in document:
-        return [("built for", ", ".join(document["compute_capabilities"]) or "every RTX card"), takes]
+        return [("built for", ", ".join(document["compute_capabilities"]) or "every RTX card from SM 8.0 on"), takes]
     gpu = document["gpu"]
     return [
         ("built on", f"{gpu['name']} (SM {gpu['sm'] / 10:.1f}), CUDA {document['cuda']['newest']}"),
