@@ -115,7 +115,7 @@ class RoundedFields(_Exact, frozen=True, kw_only=True):
 
 class QuantizationFields(_Exact, frozen=True, kw_only=True):
     method: Literal["int4", "gptq", "awq"]
-    lm_head: Literal["int8", "fp16"]
+    lm_head: Literal["int8", "fp16", "int4"]
     int4: RoundedFields
     int8: RoundedFields
     taken: RoundedFields

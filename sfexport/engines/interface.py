@@ -124,6 +124,24 @@ def compressor_feeds(slow_tokens: np.ndarray, fast: FastPathConfig) -> dict[str,
     return feeds
 
 
+class Logits:
+    """Hold a step's logits until the backend's next call, where the backend has them."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def best(self) -> np.ndarray | None:
+        """Return each row's token with the largest logit, int64 [rows].
+
+        None: the backend does not know it without the values, or one of these is not finite.
+        """
+        return None
+
+    def values(self) -> np.ndarray:
+        """Return the logits, float32 [rows, V]."""
+        return self._values
+
+
 class Backend(ABC):
     """Run the three graphs of one model. A call is about one video; the decoder takes several rows about it."""
 
@@ -148,6 +166,11 @@ class Backend(ABC):
     @abstractmethod
     def decode(self, step: DecoderStep) -> tuple[np.ndarray, KeyValues]:
         """Return the last position's logits, float32 [rows, V], and the K/V of the step's own positions."""
+
+    def decode_later(self, step: DecoderStep) -> tuple[Logits, KeyValues]:
+        """Decode without waiting for logits that may not be needed on the host."""
+        logits, new = self.decode(step)
+        return Logits(logits), new
 
     @abstractmethod
     def join(self, parts: Sequence[KeyValues]) -> KeyValues:

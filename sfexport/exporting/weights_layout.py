@@ -20,7 +20,7 @@ from sfexport.exporting.rounding import block_for
 from sfexport.graphs.initializers import Packed, Rows, even_parts, head_name, part_name
 
 FILE = "weights.safetensors"
-HEADS = ("int8", "fp16")
+HEADS = ("int8", "fp16", "int4")
 
 
 class Kind(str, Enum):
@@ -135,7 +135,7 @@ def layout_weights(
 
     Args:
         scale_type: safetensors' name of the type the graphs compute in.
-        head: 'int8', or 'fp16': 16 bits wide, as it is where it is stored so.
+        head: 'int8', 'int4', or 'fp16': 16 bits wide, as it is where it is stored so.
         prequantized: the checkpoint's 4-bit matrices by name (gptq_awq.read_prequantized).
         rounds: round linear weights, and those of `prequantized` again that are not symmetric; otherwise keep the
             checkpoint's codes.
@@ -164,12 +164,19 @@ def _item(tensor: Tensor, prequantized: PrequantizedMatrix | None, rounds: bool)
 
 
 def _head_items(tensor: Tensor, head: str, parts: int, tied: bool) -> list[Item]:
-    if head == "int8":
+    if head in ("int8", "int4"):
         pieces = [None] if parts == 1 else even_parts(tensor.shape[0], parts)
-        rounded = [Item(tensor, Kind.INT8, rows) for rows in pieces]
+        rounded = [_rounded_head(tensor, head, rows) for rows in pieces]
         # Tied to the head, the embedding table is still read row by row.
         return [*rounded, Item(tensor, Kind.COPY)] if tied else rounded
     return [Item(tensor, Kind.NARROW if tensor.dtype == "F32" else Kind.COPY)]
+
+
+def _rounded_head(tensor: Tensor, head: str, rows: Rows | None) -> Item:
+    """Return the head, or some of its rows, in the format asked for; in INT8 where no block of INT4 divides it."""
+    outputs = rows[1] - rows[0] if rows else tensor.shape[0]
+    block = block_for(tensor.shape[1], outputs) if head == "int4" else None
+    return Item(tensor, Kind.INT4 if block else Kind.INT8, rows, block)
 
 
 def _lay_out(items: Sequence[Item], file: Path, scale_type: str) -> tuple[dict[str, Tensor], bytes, int]:

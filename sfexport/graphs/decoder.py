@@ -10,6 +10,8 @@ Inputs  inputs_embeds   [batch, sequence, H]
         slow_lengths    int64 [videos]                 slow tokens of each video (0: none); videos is 1 or batch
         slow_key_values.<k>.key / .value  [videos, kv heads, slow, head_dim]
 Outputs logits          float32 [batch, V]             of the last position
+        best_tokens     int64 [batch]                  the largest logit's; only in the form for TensorRT
+        logit_sums      float32 [batch]                not finite if a logit is not; only in the form for TensorRT
         new_key_values.<i>.key / .value  [batch, kv heads, sequence, head_dim]: the step's own positions
 
 prefix, capacity and slow may be 0. A position sees the prefix, the row's valid past and the step's positions up to
@@ -38,7 +40,9 @@ from sfexport.graphs.cross_attention import (
 )
 from sfexport.graphs.initializers import Weights, even_parts, head_name
 from sfexport.graphs.names import (
+    BEST_TOKENS,
     EMBEDS,
+    LOGIT_SUMS,
     LOGITS,
     MASK,
     PAST_LENGTHS,
@@ -51,6 +55,7 @@ from sfexport.graphs.names import (
     prefix_names,
     slow_names,
 )
+from sfexport.graphs.self_attention import AttentionInParts, FusedAttention, SelfAttention
 from sfexport.graphs.writer import INT4_OPSET, OPSET, GraphWriter, Shape
 
 _END = np.iinfo(np.int64).max  # of a Slice: as far as the axis goes
@@ -60,19 +65,14 @@ _END = np.iinfo(np.int64).max  # of a Slice: as far as the axis goes
 class _Shared:
     """Values that every layer uses.
 
-    Shapes, int64: worked out once, since a small step is as many nodes as it is numbers.
-
     Attributes:
-        shape: [2], batch and sequence.
-        query_shape: [4], of the query's heads before they are transposed.
-        key_shape: [4], of the key's and value's heads before they are transposed.
-        heads_shape: [4], of the query.
-        scores_shape: [4], the query heads of a kv head in one matrix.
-        by_head_shape: [5], the scores head by head.
-        prefix_length: [1], positions of the prefix.
+        rows: int64 [2], batch and sequence.
+        query_shape: int64 [4], of the query's heads before they are transposed; worked out once, since a small step is
+            as many nodes as it is numbers.
+        key_shape: int64 [4], of the key's and value's heads before they are transposed.
         cos: [batch, 1, sequence, head_dim], both halves of head_dim alike.
         sin: the same shape, the first half negated.
-        bias: float32 [batch, 1, 1, sequence, prefix + capacity + sequence], 0 or MASKED.
+        self_attention: writes a layer's self-attention.
         prefix: K and V by layer, shared by all rows.
         past: K and V by layer, each row's own.
         slow: K and V by hybrid layer.
@@ -80,16 +80,12 @@ class _Shared:
         lengths: int64 [videos], numbers of slow tokens; None without a slow branch.
     """
 
-    shape: ir.Value
+    rows: ir.Value
     query_shape: ir.Value
     key_shape: ir.Value
-    heads_shape: ir.Value
-    scores_shape: ir.Value
-    by_head_shape: ir.Value
-    prefix_length: ir.Value
     cos: ir.Value
     sin: ir.Value
-    bias: ir.Value
+    self_attention: SelfAttention
     prefix: list[tuple[ir.Value, ir.Value]]
     past: list[tuple[ir.Value, ir.Value]]
     slow: dict[int, tuple[ir.Value, ir.Value]]
@@ -98,17 +94,25 @@ class _Shared:
 
 
 def build_decoder(
-    config: ModelConfig, weights: Weights, dtype: ir.DataType = ir.DataType.FLOAT, head_parts: int = 1
+    config: ModelConfig,
+    weights: Weights,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    head_parts: int = 1,
+    for_tensorrt: bool = False,
 ) -> ir.Model:
     """Build the decoder's graph.
 
     Args:
         head_parts: number of pieces the language-model head is computed in.
+        for_tensorrt: write attention and an 8-bit head in the form that TensorRT fuses, and add the output best_tokens.
+            ONNX Runtime runs that too, but slower.
     """
     g = GraphWriter("decoder", weights, dtype, INT4_OPSET if weights.has_int4 else OPSET)
     text = config.text
     embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
-    shared = _write_inputs(g, config, embeds)
+    # Without 16-bit K and V there is no fused kernel.
+    fused = for_tensorrt and dtype != ir.DataType.FLOAT
+    shared = _write_inputs(g, config, embeds, fused)
     x = g.reshape(embeds, -1, text.hidden_size)
     new = []
     for i in range(text.num_layers):
@@ -116,14 +120,14 @@ def build_decoder(
             x, key_value = _write_layer(g, config, shared, x, i)
             x.name = hidden_name(i)
             new += key_value
-    _write_head(g, config, shared, x, head_parts)
+    _write_head(g, config, shared, x, head_parts, for_tensorrt)
     shape: Shape = ["batch", text.num_kv_heads, "sequence", text.head_dim]
     for name, value in zip(new_names(config), new, strict=True):
         g.output(name, value, dtype, shape)
-    return g.model([cross_attention_function(g.opset)] if config.slow_fast.hybrid_layers else [])
+    return g.model([cross_attention_function(g.opset, fused)] if config.slow_fast.hybrid_layers else [])
 
 
-def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value) -> _Shared:
+def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value, fused: bool) -> _Shared:
     positions = g.input(POSITIONS, ir.DataType.INT64, ["batch", "sequence"])
     mask = g.input(MASK, ir.DataType.BOOL, ["batch", "sequence"])
     prefix = _key_value_inputs(g, config, prefix_names(config), 1, "prefix")
@@ -140,28 +144,18 @@ def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value) -> _Sha
     with g.scope("shapes"):
         prefix_length = g.dims(prefix[0][0], 2, 3)
         cached = g.op("Add", prefix_length, g.dims(past[0][0], 2, 3))
-        shape, query, key, heads, scores, by_head = _write_shapes(g, config, embeds, cached)
+        rows, batch, sequence = (g.dims(embeds, *span) for span in ((0, 2), (0, 1), (1, 2)))
+        heads = (config.text.num_heads, config.text.num_kv_heads)
+        query, key = (g.op("Concat", rows, g.ints(n, config.text.head_dim), axis=0) for n in heads)
     with g.scope("mask"):
         bias = _write_mask(g, embeds, mask, past_lengths, prefix_length, cached)
-    rows = (shape, query, key, heads, scores, by_head)
-    return _Shared(*rows, prefix_length, cos, sin, bias, prefix, past, by_layer, attends, lengths)
-
-
-def _write_shapes(g: GraphWriter, config: ModelConfig, embeds: ir.Value, cached: ir.Value) -> list[ir.Value]:
-    """Write the shapes of _Shared, in its order."""
-    text = config.text
-    group = text.num_heads // text.num_kv_heads
-    shape = g.dims(embeds, 0, 2)
-    batch, sequence = g.dims(embeds, 0, 1), g.dims(embeds, 1, 2)
-    total = g.op("Add", cached, sequence)
-    wanted = [
-        (shape, g.ints(text.num_heads, text.head_dim)),
-        (shape, g.ints(text.num_kv_heads, text.head_dim)),
-        (batch, g.ints(text.num_heads), sequence, g.ints(text.head_dim)),
-        (batch, g.ints(text.num_kv_heads, -1), total),
-        (batch, g.ints(text.num_kv_heads, group), sequence, total),
-    ]
-    return [shape, *(g.op("Concat", *parts, axis=0) for parts in wanted)]
+    with g.scope("self_attn"):
+        attention: SelfAttention = (
+            FusedAttention(g, config.text, batch, bias)
+            if fused
+            else AttentionInParts(g, config.text, batch, sequence, prefix_length, cached, bias)
+        )
+    return _Shared(rows, query, key, cos, sin, attention, prefix, past, by_layer, attends, lengths)
 
 
 def _key_value_inputs(
@@ -237,7 +231,7 @@ def _write_attention(
     query = g.op("Mul", query, g.scalar(text.head_dim**-0.5))
     key, value = _rotate(g, shared, project("k_proj", shared.key_shape)), project("v_proj", shared.key_shape)
     own = [g.op("Concat", past, new, axis=2) for past, new in zip(shared.past[i], (key, value), strict=True)]
-    output = _write_self_attention(g, config, shared, query, shared.prefix[i], (own[0], own[1]))
+    output = shared.self_attention(query, shared.prefix[i], (own[0], own[1]))
     if i in shared.slow:
         output.name = f"hybrid_self_attn.{i}"
         with g.scope("cross_attn"):
@@ -251,41 +245,6 @@ def _rotate(g: GraphWriter, shared: _Shared, x: ir.Value) -> ir.Value:
     a, b = g.split(x, 2, axis=-1)
     turned = g.op("Mul", g.op("Concat", b, a, axis=-1), shared.sin)
     return g.op("Add", g.op("Mul", x, shared.cos), turned)
-
-
-def _write_self_attention(
-    g: GraphWriter,
-    config: ModelConfig,
-    shared: _Shared,
-    query: ir.Value,
-    prefix: tuple[ir.Value, ir.Value],
-    own: tuple[ir.Value, ir.Value],
-) -> ir.Value:
-    """Write attention -> [batch * sequence, heads * d], before o_proj.
-
-    Query heads are grouped by kv head: K and V are not repeated. The scores over the prefix and over a row's own
-    positions are put together for one softmax, so that the prefix's K and V, the larger ones, are never copied.
-
-    The scores are float32 from the product on: Qwen2's large key biases make them leave float16's range, and lose
-    in bfloat16 what tells the keys apart.
-
-    Args:
-        prefix: K and V that all rows share.
-        own: K and V of each row's past and of the step's own positions.
-    """
-    text = config.text
-    grouped = g.to_float32(g.reshape(query, 0, text.num_kv_heads, -1, text.head_dim))
-    products = [g.op("MatMul", grouped, g.to_float32(g.transpose(key, 0, 1, 3, 2))) for key, _ in (prefix, own)]
-    scores = g.op("Reshape", g.op("Concat", *products, axis=-1), shared.by_head_shape)
-    probabilities = g.from_float32(g.op("Softmax", g.op("Add", scores, shared.bias), axis=-1))
-    probabilities = g.op("Reshape", probabilities, shared.scores_shape)
-    parts = (g.ints(0), shared.prefix_length), (shared.prefix_length, g.ints(_END))
-    contexts = [
-        g.op("MatMul", g.op("Slice", probabilities, *part, g.ints(3)), value)
-        for part, (_, value) in zip(parts, (prefix, own), strict=True)
-    ]
-    context = g.op("Reshape", g.op("Add", *contexts), shared.heads_shape)
-    return g.reshape(g.transpose(context, 0, 2, 1, 3), -1, text.num_heads * text.head_dim)
 
 
 def _write_cross_attention(
@@ -311,17 +270,21 @@ def _write_gate(g: GraphWriter, gate: GateConfig, output: ir.Value, p: str) -> i
     return value
 
 
-def _write_head(g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, parts: int) -> None:
+def _write_head(
+    g: GraphWriter, config: ModelConfig, shared: _Shared, x: ir.Value, parts: int, for_tensorrt: bool
+) -> None:
     """Write the logits of the last position, in pieces where one matrix of the whole vocabulary is too large."""
     text = config.text
-    shape = g.op("Concat", shared.shape, g.ints(text.hidden_size), axis=0)
+    shape = g.op("Concat", shared.rows, g.ints(text.hidden_size), axis=0)
     # A slice, because TensorRT does not define a Gather with a negative index.
     last = g.op("Slice", g.op("Reshape", x, shape), g.ints(-1), g.ints(_END), g.ints(1))
     normed = g.rms_norm(g.op("Squeeze", last, g.ints(1)), "model.norm", text.rms_norm_eps)
-    name = head_name(config.text)
-    if parts == 1:
-        logits = g.linear(normed, name, bias=False)
-    else:
-        pieces = [g.linear(normed, name, bias=False, rows=rows) for rows in even_parts(text.vocab_size, parts)]
-        logits = g.op("Concat", *pieces, axis=1)
-    g.output(LOGITS, g.to_float32(logits), ir.DataType.FLOAT, ["batch", text.vocab_size])
+    name, product = head_name(config.text), g.scaled_linear if for_tensorrt else g.float32_linear
+    spans = even_parts(text.vocab_size, parts) if parts > 1 else [None]
+    pieces = [product(normed, name, rows) for rows in spans]
+    logits = g.op("Concat", *pieces, axis=1) if parts > 1 else pieces[0]
+    g.output(LOGITS, logits, ir.DataType.FLOAT, ["batch", text.vocab_size])
+    if for_tensorrt:
+        g.output(BEST_TOKENS, g.op("ArgMax", logits, axis=1, keepdims=0), ir.DataType.INT64, ["batch"])
+        sums = g.op("ReduceSum", logits, g.ints(1), keepdims=0)
+        g.output(LOGIT_SUMS, sums, ir.DataType.FLOAT, ["batch"])

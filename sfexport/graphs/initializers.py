@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from sfexport.checkpoint.checkpoint import Tensor
 from sfexport.checkpoint.config import TextConfig
-from sfexport.dtypes import Precision
+from sfexport.dtypes import Precision, from_onnx
 from sfexport.errors import CheckpointError
 
 Rows = tuple[int, int]
@@ -75,6 +76,22 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Tensor], packed: Mapping[str, Packed] | None = None) -> None:
         self._tensors, self._packed = tensors, packed or {}
 
+    @classmethod
+    def of_graph(cls, model: onnx.ModelProto, directory: Path) -> Weights:
+        """Find the weights of a graph that was written from others, for writing it in another form.
+
+        Args:
+            directory: holds the files that the graph's external data names.
+        """
+        places = {t.name: _place(t, directory) for t in model.graph.initializer if _is_external(t)}
+        packed = {}
+        for node in model.graph.node:
+            if node.op_type == "DequantizeLinear" and places.keys() >= set(node.input):
+                codes, scales, *zeros = (places.pop(name) for name in node.input)
+                block = next((a.i for a in node.attribute if a.name == "block_size"), None)
+                packed[codes.name.rpartition(".")[0]] = Packed(codes, scales, block, *zeros)
+        return cls(places, packed)
+
     @property
     def has_int4(self) -> bool:
         return any(packed.bits == 4 for packed in self._packed.values())
@@ -88,6 +105,8 @@ class Weights:
         Raises:
             CheckpointError: there is no such tensor.
         """
+        if part_name(name, rows) in self._tensors:
+            name, rows = part_name(name, rows), None
         if name not in self._tensors:
             raise CheckpointError(f"The checkpoint has no tensor '{name}', which the graph needs.")
         place = self._tensors[name]
@@ -114,11 +133,24 @@ def _external(
     )
 
 
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _place(tensor: onnx.TensorProto, directory: Path) -> Tensor:
+    """Return an initialiser's place; two 4-bit codes are one element of the file."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    stored, shape = from_onnx(tensor.data_type), tuple(tensor.dims)
+    dtype, *rest = (stored.safetensors, *shape) if stored.safetensors else ("U8", *shape[:-1], shape[-1] // 2)
+    file = directory / entries["location"]
+    return Tensor(tensor.name, dtype, tuple(rest), file, int(entries["offset"]), int(entries["length"]))
+
+
 def external_to_inputs(model: onnx.ModelProto) -> None:
     """Turn initialisers with external data into inputs of the same type, so that no other file is needed."""
     kept = []
     for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if _is_external(tensor):
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         else:
             kept.append(tensor)

@@ -22,6 +22,9 @@ PAST_LENGTHS = "past_lengths"
 SLOW_ATTENDS = "slow_attends"
 SLOW_LENGTHS = "slow_lengths"
 LOGITS = "logits"
+# Only in the form for TensorRT.
+BEST_TOKENS = "best_tokens"
+LOGIT_SUMS = "logit_sums"
 
 # Values inside a graph that keep a name, for tools that look there.
 FEATURES = "vision_features"

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sfexport.__version__ import __version__
+from sfexport.dtypes import Precision
 from sfexport.graphs.initializers import Packed, Rows, Weights, part_name
 
 OPSET = 18
@@ -176,6 +177,28 @@ class GraphWriter:
             weight = self.op("DequantizeLinear", *values, **attributes)
         return self.op("MatMul", x, weight)
 
+    def float32_linear(self, x: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
+        """Write linear() without a bias, its result in float32."""
+        return self.to_float32(self.linear(x, name, bias=False, rows=rows))
+
+    def scaled_linear(self, x: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
+        """Write float32_linear() so that TensorRT never expands 8-bit weights.
+
+        Its builder multiplies by integer weights that share one scale in one kernel, and expands a matrix with a scale
+        per output before. So the codes get a power of two as their scale, and the float32 results the rest of their
+        own.
+        """
+        packed = self._weights.packed(f"{name}.weight", rows)
+        if packed is None or packed.bits != 8:
+            return self.float32_linear(x, name, rows)
+        common = _power_of_two(packed.scales.rows())
+        codes, stored = (self._tape.initializer(tensor, tensor.name) for tensor in packed.initializers())
+        with self._named_after(f"{name}.weight"):
+            weight = self.op("DequantizeLinear", codes, self.scalar(common))
+            scales = self.cast(stored, Precision.from_safetensors(packed.scales.dtype).onnx, ir.DataType.FLOAT)
+            rest = self.op("Mul", scales, self.float32(1 / common))
+        return self.op("Mul", self.to_float32(self.op("MatMul", x, weight)), rest)
+
     def conv(self, x: ir.Value, name: str, bias: bool = True, **attributes: Any) -> ir.Value:
         """Conv with the stored kernel (and bias), in the narrowest type that opset 18 allows."""
         dtype = ir.DataType.FLOAT if self.dtype == ir.DataType.BFLOAT16 else self.dtype
@@ -249,3 +272,13 @@ class GraphWriter:
             producer_version=__version__,
             functions=list(functions),
         )
+
+
+def _power_of_two(scales: np.ndarray) -> float:
+    """Return a power of two below all scales, so that no product with it is larger than the final one.
+
+    From 2^-14 on, float16's smallest normal number; and never 1, which a builder would leave out.
+    """
+    smallest = float(scales.min())
+    power = 2.0 ** max(-14, math.floor(math.log2(smallest))) if smallest > 0 else 2.0**-14
+    return 0.5 if power == 1 else power

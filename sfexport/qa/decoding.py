@@ -21,11 +21,12 @@ class Row:
     """One answer while it is generated.
 
     Attributes:
-        logits: float32 [V], of the position before the next token.
+        logits: float32 [V], of the position before the next token; not kept where `best` is enough.
         key_values: K/V of the question's positions.
         sampler: chooses tokens and keeps them.
         stream: takes the tokens' text.
         seconds: seconds of decoding until the answer's end.
+        best: token with the largest logit; None: to be found in `logits`.
     """
 
     logits: np.ndarray
@@ -33,6 +34,7 @@ class Row:
     sampler: Sampler
     stream: TextStream
     seconds: float = 0.0
+    best: int | None = None
 
     def choose(self, vocabulary: int) -> bool:
         """Choose the next token; return whether the answer goes on.
@@ -40,7 +42,8 @@ class Row:
         Args:
             vocabulary: number of the tokenizer's tokens; logits beyond it are padding, which the reference cuts off.
         """
-        token = self.sampler.next(self.logits[:vocabulary])
+        best, sampler = self.best, self.sampler
+        token = sampler.next(self.logits[:vocabulary]) if best is None else sampler.take(best)
         if token in self.sampler.options.stop_ids:
             return False
         self.stream.add(token)
@@ -94,10 +97,16 @@ class Decoder:
         assert self._cache is not None  # made by _with_room
         embeds = self._embed([row.sampler.ids[-1] for row in rows])[:, None]
         attends = np.array([self._slow is not None])
-        logits, new = self._backend.decode(DecoderStep(embeds, attends, self._prefix, self._cache, self._slow))
+        step = DecoderStep(embeds, attends, self._prefix, self._cache, self._slow)
+        logits, new = self._backend.decode_later(step)
         self._cache.append(new)
-        for row, values in zip(rows, logits, strict=True):
-            row.logits = values
+        best = logits.best() if all(row.sampler.takes_best for row in rows) else None
+        if best is not None and (best < self._vocabulary).all():
+            for row, token in zip(rows, best, strict=True):
+                row.best = int(token)
+            return
+        for row, values in zip(rows, logits.values(), strict=True):
+            row.best, row.logits = None, values
 
 
 @dataclass

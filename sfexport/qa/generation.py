@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,13 @@ class GenerationOptions:
         """Return greedy options without any change of logits, with the same limits and stop tokens."""
         return GenerationOptions(max_new_tokens=self.max_new_tokens, max_length=self.max_length, stop_ids=self.stop_ids)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether each token is the one with the largest logit, whatever came before."""
+        plain = self.greedy()
+        named = (f.name for f in fields(plain) if f.name not in (*SAMPLING, "seed", "renormalize_logits"))
+        return all(getattr(self, name) == getattr(plain, name) for name in named)
+
     def check_tokens(self, size: int) -> None:
         """Raise InputError for a biased, forbidden or forced token beyond a vocabulary of `size` tokens."""
         sequences = [*self.bad_words, *(ids for ids, _ in self.sequence_bias), self.forced_last]
@@ -180,6 +187,7 @@ class Sampler:
         self.limit = options.limit(prompt)
         self._min_tokens = max(options.min_new_tokens, options.min_length - prompt)
         self._random = np.random.default_rng(options.seed)
+        self.takes_best = options.takes_best
 
     def next(self, logits: np.ndarray) -> int:
         """Draw one token id from float32 logits [V].
@@ -199,6 +207,10 @@ class Sampler:
             token = int(self._random.choice(len(scores), p=self._probabilities(scores)))
         else:
             token = int(scores.argmax())
+        return self.take(token)
+
+    def take(self, token: int) -> int:
+        """Remember a token that was chosen, and return it."""
         self.ids.append(token)
         return token
 

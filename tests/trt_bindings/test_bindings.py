@@ -24,7 +24,7 @@ from trt_bindings.venvs import COMMAND, Environment, cache, find, make
 
 PACKAGE = Path(__file__).parents[2] / "sfexport"
 # Variables that mean something else than elsewhere.
-SPECIAL = {"plugin_v3.py": {"builder": "IExprBuilder"}, "backend.py": {"cache": ""}}
+SPECIAL = {"plugin_v3.py": {"builder": "IExprBuilder"}, "backend.py": {"cache": "", "engine": ""}}
 # What the package uses of TensorRT only where it is there, and the version that has it first.
 SINCE = {
     "OnnxParser.load_model_proto": version_text(FIRST_MAPPED_WEIGHTS),

@@ -42,6 +42,9 @@ class HostExecution:
         self._sessions: dict[bytes, Any] = {}
 
     def __call__(self, execution: Execution) -> None:
+        self._driver.enqueue(lambda: self._run(execution))
+
+    def _run(self, execution: Execution) -> None:
         self._check(execution)
         session = self._session(execution)
         feeds = {name: _view(bound).copy() for name, bound in execution.inputs.items()}

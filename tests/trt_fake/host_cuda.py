@@ -2,13 +2,14 @@
 
     monkeypatch.setattr("sfexport.engines.tensorrt.cuda.bindings", lambda: driver)   # driver = HostDriver()
 
-Copies happen at once, kernels cannot be launched. What a GPU would punish is refused: copies outside allocated memory,
-freeing twice.
+Copies happen at once, kernels cannot be launched. A captured graph holds what engines enqueued. What a GPU would punish
+is refused: copies outside allocated memory, freeing twice, allocating and copying on the stream while it is captured.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,15 +30,70 @@ class HostDriver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
     )
 
-    CUDA_MEMCPY2D = SimpleNamespace
+    CUDA_MEMCPY3D = SimpleNamespace
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE="device")
 
     def __init__(self, sm: int = 87, multiprocessors: int = 16) -> None:
         self._attributes = {"major": sm // 10, "minor": sm % 10, "multiprocessors": multiprocessors}
         self._memory: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
         self._streams = 0
         self.modules: list[bytes] = []
         self.live = self.peak = 0
+        self._graphs: dict[int, list[Callable[[], None]]] = {}
+        self._capturing: list[Callable[[], None]] | None = None
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        """Every function notes its call."""
+        found = object.__getattribute__(self, name)
+        if not name.startswith("cu") or not callable(found):
+            return found
+
+        def noted(*arguments: Any) -> Any:
+            self.calls.append((name, arguments))
+            return found(*arguments)
+
+        return noted
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Do what an engine has to do now, or when the graph that is being captured is launched."""
+        if self._capturing is None:
+            work()
+        else:
+            self._capturing.append(work)
+
+    def cuStreamBeginCapture(self, stream: int, mode: str) -> tuple[int]:
+        if self._capturing is not None:
+            return (INVALID,)
+        self._capturing = []
+        return (OK,)
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:
+        if self._capturing is None:
+            return INVALID, 0
+        work, self._capturing = self._capturing, None
+        return self._new_graph(work)
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        return self._new_graph(self._graphs[graph])
+
+    def _new_graph(self, work: list[Callable[[], None]]) -> tuple[int, int]:
+        handle = 1 + max(self._graphs, default=0)
+        self._graphs[handle] = work
+        return OK, handle
+
+    def cuGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
+        for work in self._graphs[graph]:
+            work()
+        return (OK,)
+
+    def cuGraphDestroy(self, graph: int) -> tuple[int]:
+        return (OK,) if self._graphs.pop(graph, None) is not None else (INVALID,)
+
+    def cuGraphExecDestroy(self, graph: int) -> tuple[int]:
+        return self.cuGraphDestroy(graph)
 
     def holds(self, address: int, size: int) -> bool:
         """Whether a range lies inside one allocation."""
@@ -86,7 +142,7 @@ class HostDriver:
         return (OK,)
 
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
-        if size < 1:
+        if size < 1 or self._capturing is not None:
             return INVALID, 0
         block = (ctypes.c_char * size)()
         self._memory[ctypes.addressof(block)] = block
@@ -101,24 +157,34 @@ class HostDriver:
         self.live -= ctypes.sizeof(block)
         return (OK,)
 
+    def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+        block = (ctypes.c_char * size)()
+        self._pinned[ctypes.addressof(block)] = block
+        return OK, ctypes.addressof(block)
+
+    def cuMemFreeHost(self, address: int) -> tuple[int]:
+        return (OK,) if self._pinned.pop(int(address), None) is not None else (INVALID,)
+
     def cuMemcpyHtoDAsync(self, device: int, host: int, size: int, stream: int) -> tuple[int]:
         return self._copy(device, host, size, device)
 
     def cuMemcpyDtoHAsync(self, host: int, device: int, size: int, stream: int) -> tuple[int]:
         return self._copy(host, device, size, device)
 
-    def cuMemcpy2DAsync(self, copy: SimpleNamespace, stream: int) -> tuple[int]:
-        for i in range(copy.Height):
-            to, source = copy.dstDevice + i * copy.dstPitch, copy.srcDevice + i * copy.srcPitch
-            if not self.holds(source, copy.WidthInBytes):
-                return (INVALID,)
-            status = self._copy(to, source, copy.WidthInBytes, to)
-            if status != (OK,):
-                return status
+    def cuMemcpy3DAsync(self, copy: SimpleNamespace, stream: int) -> tuple[int]:
+        for z in range(copy.Depth):
+            for y in range(copy.Height):
+                to = copy.dstDevice + (z * copy.dstHeight + y) * copy.dstPitch
+                source = copy.srcDevice + (z * copy.srcHeight + y) * copy.srcPitch
+                if not self.holds(source, copy.WidthInBytes):
+                    return (INVALID,)
+                status = self._copy(to, source, copy.WidthInBytes, to)
+                if status != (OK,):
+                    return status
         return (OK,)
 
     def _copy(self, to: int, source: int, size: int, device: int) -> tuple[int]:
-        if not self.holds(device, size):
+        if self._capturing is not None or not self.holds(device, size):
             return (INVALID,)
         ctypes.memmove(to, source, size)
         return (OK,)

@@ -18,6 +18,7 @@ from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine, timing_cache_file
+from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.library import check_driver, library
 from sfexport.engines.tensorrt.plugin import choose_plugin, register_plugins
 from sfexport.engines.tensorrt.plugin_operations import KernelSource
@@ -96,11 +97,10 @@ def build_tensorrt(
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != Precision.FP32)
     for name in GRAPHS:
         on_step(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
-        graph = _graph_to_build(bundle, name, kind, gpu, directory)
+        graph = _write_graph(bundle, name, kind, gpu, directory, on_step)
         file = directory / f"{name}.engine"
         build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
-        if graph.parent == directory:
-            graph.unlink()
+        graph.unlink()
     if kind == "python":
         save_kernels(directory, kernels)
     here = match_machine(machine)
@@ -212,14 +212,10 @@ def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSett
     return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.config.text.head_dim)
 
 
-def _graph_to_build(bundle: Bundle, name: str, kind: str | None, gpu: Gpu, directory: Path) -> Path:
-    """Return the bundle's own file, or its function-free sibling in `directory`."""
-    file = bundle.graph_file(name)
-    if kind is None:
-        return file
-    model = onnx.load(file, load_external_data=False)
-    if not count_cross_attention(model):
-        return file
-    sibling = directory / file.name
-    onnx.save(with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors)), sibling)
-    return sibling
+def _write_graph(bundle: Bundle, name: str, kind: str | None, gpu: Gpu, directory: Path, on_step: OnStep) -> Path:
+    """Write the graph to build from into `directory`, with plugin nodes where there is a plugin."""
+    model, file = tensorrt_graph(bundle, name, on_step), directory / f"{name}.onnx"
+    if kind is not None and count_cross_attention(model):
+        model = with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors))
+    onnx.save(model, file)
+    return file

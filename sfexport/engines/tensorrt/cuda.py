@@ -1,12 +1,13 @@
-"""Call CUDA's driver API through cuda-python: memory, copies and launches, every call checked. No torch.
+"""Call CUDA's driver API through cuda-python: memory, copies, graphs and launches, every call checked. No torch.
 
 The only file that imports cuda-python (lazily). Used by the TensorRT backend and by the Python plugin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,16 +100,18 @@ def device_sm(device: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Pieces of device memory at equal distances.
+class Place:
+    """Pieces of device memory, in groups: K and V of each layer, with a piece per head.
 
     Attributes:
         pointer: address of the first piece.
         pitch: bytes from one piece to the next.
+        height: pieces from one group to the next.
     """
 
     pointer: int
     pitch: int
+    height: int
 
 
 class Stream:
@@ -129,17 +132,73 @@ class Stream:
         """Copy device memory into a contiguous host array. It is there after synchronize."""
         call("cuMemcpyDtoHAsync", array.ctypes.data, pointer, array.nbytes, self._stream)
 
-    def copy_rows(self, to: Rows, source: Rows, count: int, size: int) -> None:
-        """Copy `count` pieces of `size` bytes from one place of device memory to another."""
-        copy = bindings().CUDA_MEMCPY2D()
-        copy.srcMemoryType = copy.dstMemoryType = bindings().CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.dstDevice, copy.dstPitch = to.pointer, to.pitch
-        copy.srcDevice, copy.srcPitch = source.pointer, source.pitch
-        copy.WidthInBytes, copy.Height = size, count
-        call("cuMemcpy2DAsync", copy, self._stream)
+    def copy_pieces(self, to: Place, source: Place, size: int, count: int, groups: int) -> None:
+        """Copy `count` pieces of `size` bytes of each group from one place of device memory to another."""
+        copy, device = bindings().CUDA_MEMCPY3D(), bindings().CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcMemoryType = copy.dstMemoryType = device
+        copy.dstDevice, copy.dstPitch, copy.dstHeight = to.pointer, to.pitch, to.height
+        copy.srcDevice, copy.srcPitch, copy.srcHeight = source.pointer, source.pitch, source.height
+        copy.WidthInBytes, copy.Height, copy.Depth = size, count, groups
+        call("cuMemcpy3DAsync", copy, self._stream)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Captured]:
+        """Collect what is enqueued in a CUDA graph, in place of running it; it is there when the block ends."""
+        captured = Captured()
+        # Only calls of this thread are watched: others may allocate meanwhile.
+        call("cuStreamBeginCapture", self._stream, bindings().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
+            yield captured
+        finally:
+            captured.graph = Graph(call("cuStreamEndCapture", self._stream))
+
+    def launch(self, graph: Graph) -> None:
+        """Enqueue all that a graph holds, in one call."""
+        call("cuGraphLaunch", graph.handle, self._stream)
 
     def close(self) -> None:
         call("cuStreamDestroy", self._stream)
+
+
+@dataclass
+class Captured:
+    """Hold the graph of a capture once it has ended."""
+
+    graph: Graph | None = None
+
+
+class Graph:
+    """A CUDA graph that can be launched; freed with the last reference."""
+
+    def __init__(self, captured: Any) -> None:
+        try:
+            self.handle = call("cuGraphInstantiate", captured, 0)
+        finally:
+            call("cuGraphDestroy", captured)
+
+    def __del__(self) -> None:
+        # At interpreter exit CUDA may already be shut down; ignore the error.
+        with contextlib.suppress(SfexportError):
+            if hasattr(self, "handle"):
+                call("cuGraphExecDestroy", self.handle)
+
+
+class PinnedBuffer:
+    """Host memory that the GPU copies from and to without a copy of the driver's; `bytes` is uint8 [size]."""
+
+    def __init__(self, size: int) -> None:
+        self._pointer = int(call("cuMemHostAlloc", max(size, 1), 0))
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(self._pointer))
+
+    def array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """Return the first bytes as an array."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        return self.bytes[:count].view(dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(SfexportError):
+            if hasattr(self, "_pointer"):
+                call("cuMemFreeHost", self._pointer)
 
 
 class Buffer:

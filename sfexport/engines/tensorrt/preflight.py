@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from sfexport.artifacts.atomic import new_directory
 from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
+from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.parser_support import ParserSupport, check_graph, support_for
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
@@ -109,7 +108,7 @@ def _check_precision(bundle: Bundle, target: Target) -> PreflightCheck:
 
 def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[PreflightCheck]:
     for name in GRAPHS:
-        model = onnx.load(bundle.graph_file(name), load_external_data=False)
+        model = tensorrt_graph(bundle, name)
         if plugin:
             model = with_plugin_nodes(model, plugin_settings(bundle, target.sm, target.multiprocessors))
         gaps = check_graph(model, name, support, PLUGIN_OPS, bundle.weights_directory)

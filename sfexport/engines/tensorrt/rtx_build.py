@@ -18,6 +18,7 @@ from sfexport.engines.memory import estimate_memory, physical_memory
 from sfexport.engines.profiles import Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
+from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.rtx_library import library
 from sfexport.engines.weight_check import check_weights
 from sfexport.errors import InputError, SfexportError
@@ -65,9 +66,8 @@ def build_rtx(
     for name in GRAPHS:
         on_step(f"building {name} with TensorRT for RTX {trt.__version__}")
         graph = directory / f"{name}.onnx"
-        model = onnx.load(bundle.graph_file(name), load_external_data=False)
         # Nodes of a function's body would have the same names at every call.
-        onnx.save(onnx.inliner.inline_local_functions(model), graph)
+        onnx.save(onnx.inliner.inline_local_functions(tensorrt_graph(bundle, name, on_step)), graph)
         file = directory / f"{name}.engine"
         build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
         graph.unlink()
