@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 import pytest
 from conftest import Tree
 from helpers import assert_says, sfexport
+from plan_text import PlanText
 from test_parser_support import VARIANTS
 from trt_fake.host_cuda import HostDriver
 
@@ -26,9 +28,10 @@ from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build as build_engines
 from sfexport.engines.build import choose_backend, engine_name, open_backend
-from sfexport.engines.profiles import Limits, resolve_profiles
+from sfexport.engines.profiles import DECODE, PREFILL, Limits, resolve_profiles
 from sfexport.engines.tensorrt import cuda, rtx_build, rtx_library
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
+from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
 from sfexport.errors import BundleError, InputError, MissingDependency, SfexportError
 from sfexport.exporting.export import ExportOptions, export
@@ -142,13 +145,23 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return bundle
 
 
-def build(bundle: Bundle, graph: str, out: Path, model: onnx.ModelProto | None = None) -> int:
-    """Build one graph, or a changed one in its place; return the engine's bytes."""
-    file = bundle.graph_file(graph)
-    if model is not None:
-        file = out.with_suffix(".onnx")
-        onnx.save(model, file)
-    profiles = resolve_profiles(bundle, Limits(bundle.frames, 64, 16, 2))[graph]
+def build(
+    bundle: Bundle,
+    graph: str,
+    out: Path,
+    model: onnx.ModelProto | None = None,
+    limits: Limits | None = None,
+    phases: tuple[str, ...] = (),
+) -> int:
+    """Build one graph, or a changed one in its place; return the engine's bytes.
+
+    Args:
+        phases: profiles to build with; none: all.
+    """
+    file = out.with_suffix(".onnx")
+    onnx.save(onnx.inliner.inline_local_functions(model or tensorrt_graph(bundle, graph)), file)
+    profiles = resolve_profiles(bundle, limits or Limits(bundle.frames, 64, 16, 2))[graph]
+    profiles = [profile for profile in profiles if not phases or profile.name in phases]
     build_engine(TRT, file, bundle.weights_directory, out, profiles, BuildOptions())
     return out.stat().st_size
 
@@ -306,15 +319,59 @@ def test_engines_of_the_other_backend_are_refused(engines: Path) -> None:
         check_fields(content, TensorRTFields, engines)
 
 
-def test_the_two_profiles_store_no_weight_twice(tmp_path: Path) -> None:
-    """Bytes of the engine and of its weights, for a model whose layers are most of it.
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint whose layers are most of it, with heads like the 7 B model's, in a precision."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2}
+    changes = sizes | {"num_hidden_layers": 3, "vocab_size": 32000, "max_position_embeddings": 4096}
+    write_random_checkpoint(folder / "checkpoint", changes=changes | {"tokenizer_model_max_length": 4096})
 
-    The graph that appended to all of its K/V by Concat took 1.72 times this model's weights.
+    def bundle(precision: str, quantize: str | None = None) -> Bundle:
+        place = folder / f"{precision}-{quantize}"
+        if not place.exists():
+            options = ExportOptions(precision=precision, quantize=quantize, weights="auto" if quantize else "copy")
+            export(Checkpoint.open(folder / "checkpoint"), place, options)
+        return Bundle.open(place)
+
+    return bundle
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    stored = [t for t in tensorrt_graph(bundle, "decoder").graph.initializer if t.external_data]
+    return sum(int({e.key: e.value for e in t.external_data}["length"]) for t in stored)
+
+
+@pytest.mark.parametrize(("precision", "quantize"), [("bf16", None), ("fp16", "int4")])
+def test_the_two_profiles_store_no_weight_twice(
+    precision: str, quantize: str | None, wide: Any, tmp_path: Path
+) -> None:
+    """Beside its weights an engine has its kernels, for each kind of card: some 11 MB, whatever the weights.
+
+    The layers' weights take 91 MB in bf16 and 24 MB in INT4: stored twice they would show.
     """
-    checkpoint = tmp_path / "checkpoint"
-    write_random_checkpoint(checkpoint, changes={"hidden_size": 1024, "intermediate_size": 4096})
-    bundle = export(Checkpoint.open(checkpoint), tmp_path / "bundle", ExportOptions(precision="bf16", weights="copy"))
-    model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
-    stored = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    weights = sum(int({e.key: e.value for e in t.external_data}["length"]) for t in stored)
-    assert build(bundle, "decoder", tmp_path / "decoder.engine") <= 1.15 * weights
+    bundle = wide(precision, quantize)
+    assert build(bundle, "decoder", tmp_path / "decoder.engine") - weight_bytes(bundle) < 16_000_000
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_attention_is_fused_and_no_matrix_is_expanded(precision: str, wide: Any, tmp_path: Path) -> None:
+    """Read out of the plans: at 1,296 positions scores would take 54 MB a layer, and the head 66 MB in 16 bits."""
+    bundle = wide(precision, "int4")
+    text, limits = bundle.config.text, Limits(bundle.frames, 1296, 256)
+    layers = text.num_layers + len(bundle.config.slow_fast.hybrid_layers)
+    for phase, largest in ((PREFILL, 64 << 20), (DECODE, 32 << 20)):
+        build(bundle, "decoder", tmp_path / "decoder.engine", limits=limits, phases=(phase,))
+        plan = PlanText.read((tmp_path / "decoder.engine").read_bytes())
+        assert plan.attention.total() == layers, plan.kernels
+        assert "__myl_CastMulFc" in plan.kernels  # the 8-bit head: dequantised within its product
+        assert max(plan.scratch) < min(largest, 2 * text.vocab_size * text.hidden_size)
+
+
+def test_the_bundles_own_decoder_is_not_fused(wide: Any, tmp_path: Path) -> None:
+    """What the form for TensorRT is for."""
+    bundle = wide("bf16", "int4")
+    own = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
+    build(bundle, "decoder", tmp_path / "own.engine", own, Limits(bundle.frames, 1296, 256), (PREFILL,))
+    plan = PlanText.read((tmp_path / "own.engine").read_bytes())
+    assert not plan.attention and max(plan.scratch) > 64 << 20
