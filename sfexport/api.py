@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from sfexport.artifacts.engines import Engines
     from sfexport.comparing.parity_report import ParityReport
     from sfexport.doctor.diagnosis import Diagnosis
-    from sfexport.engines.tensorrt.build import TensorRTOptions
     from sfexport.engines.tensorrt.preflight import Readiness
-    from sfexport.exporting.open_or_export import ExportRequest
     from sfexport.planning.plan import Plan
     from sfexport.qa.pipeline import Pipeline
 
@@ -45,7 +43,7 @@ def export(
         weights: 'reference' points into the checkpoint's shards, 'copy' copies them, 'auto' copies up to 64 MB.
         precision: 'fp32', 'fp16' or 'bf16': the type that the graphs compute in.
         quantize: 'int4' rounds the decoder's weights to 4 bits; the bundle then contains all weights.
-        lm_head: 'int8' (the default) or 'fp16': the language-model head of a quantized bundle.
+        lm_head: 'int8' (the default), 'int4' or 'fp16': the language-model head of a quantized bundle.
         split_lm_head: number of parts to split the language-model head into.
         digest: digests of referenced weights: 'sampled' blocks of every tensor, or 'full': every byte too.
         on_step: called with one line of text per step.
@@ -55,11 +53,12 @@ def export(
         InputError: an option is invalid, the output cannot be written, or the disk is too small.
     """
     from sfexport.checkpoint.checkpoint import Checkpoint
+    from sfexport.engines.build_arguments import directory_name
     from sfexport.exporting.export import ExportOptions
     from sfexport.exporting.export import export as export_checkpoint
 
     checkpoint = as_path(checkpoint, "The checkpoint")
-    output = Path(f"{_directory_name(checkpoint)}-bundle") if output is None else as_output(output)
+    output = Path(f"{directory_name(checkpoint)}-bundle") if output is None else as_output(output)
     opened = Checkpoint.open(checkpoint)
     options = ExportOptions(frames, weights, precision, quantize, lm_head, split_lm_head, digest)
     return export_checkpoint(opened, output, options, on_step)
@@ -74,10 +73,12 @@ def build(
     jetpack: str | None = None,
     precision: str = "auto",
     quantize: str | None = None,
+    lm_head: str | None = None,
     frames: int | None = None,
     max_question_tokens: int | None = None,
     max_new_tokens: int | None = None,
     max_batch: int | None = None,
+    split_decoder: int | None = None,
     kernels: str | Path | None = None,
     optimization_level: int | None = None,
     force: bool = False,
@@ -91,20 +92,18 @@ def build(
         output: directory to write; default ./<source name>-engines/<target>-<runtime>. Only earlier engines are
             replaced.
         backend: 'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'torch'; 'auto': TensorRT beside a GPU, else ONNX Runtime.
-        target: name of the machine that TensorRT engines are for; default this one.
-        jetpack: the target's JetPack version; default the target's.
+        target, jetpack: name of the machine that TensorRT engines are for (default this one), and its JetPack.
         precision: 'fp32', 'fp16', 'bf16' or 'auto', for a checkpoint; 'auto' is the weights' 16-bit type for
             TensorRT (fp16 for fp32 weights) and fp32 elsewhere.
-        quantize: 'int4', for a checkpoint: round the decoder's weights to 4 bits.
+        quantize, lm_head: 'int4' rounds a checkpoint's decoder to 4 bits, its head to 'int8', 'int4' or 'fp16'.
         frames: largest number of frames of a video (TensorRT); default the bundle's.
         max_question_tokens: largest number of text tokens of a prompt (TensorRT); default 512.
-        max_new_tokens: largest number of tokens of an answer (TensorRT); default 256.
-        max_batch: largest number of questions that are decoded together (TensorRT); default 8.
+        max_new_tokens, max_batch: tokens of an answer (256), questions that are decoded together (8) (TensorRT).
+        split_decoder: number of engines to split the decoder into (TensorRT); default the target's, mostly 1.
         kernels: directory of compiled kernels that `check_build` wrote (TensorRT without Triton).
         optimization_level: TensorRT's level, 0 (builds fastest) to 5 (runs fastest); default TensorRT's own.
         force: build even if the weights do not seem to fit into memory.
-        on_step: called with one line of text per step.
-        on_progress: called with the name of a TensorRT build phase, its finished steps and its total steps.
+        on_step, on_progress: called with a line per step; with a TensorRT phase, its finished and its total steps.
 
     Raises:
         MissingDependency: the backend's library is not installed.
@@ -113,16 +112,16 @@ def build(
         SfexportError: the runtime refuses a graph, the weights do not fit into memory, or there is no GPU.
     """
     from sfexport.engines import build as building
+    from sfexport.engines.build_arguments import Sizes, export_request, output_paths, tensorrt_options
     from sfexport.exporting.open_or_export import open_or_export
 
     source = as_path(source, "The source")
-    options = _tensorrt_options(
-        target, jetpack, frames, max_question_tokens, max_new_tokens, max_batch, kernels, optimization_level
-    )
+    sizes = Sizes(frames, max_question_tokens, max_new_tokens, max_batch, split_decoder)
+    options = tensorrt_options(target, jetpack, kernels, sizes, optimization_level)
     backend = building.choose_backend("tensorrt" if target is not None and backend == "auto" else backend)
     building.check_backend(backend, precision, options)
-    bundle_path, output = _outputs(source, output, backend, target)
-    request = _export_request(backend, options, precision, quantize)
+    bundle_path, output = output_paths(source, output, backend, target)
+    request = export_request(backend, options, precision, quantize, lm_head)
     bundle = open_or_export(source, bundle_path, output, request, on_step=on_step)
     return building.build(bundle, output, backend, on_step, force, options, on_progress)
 
@@ -135,10 +134,12 @@ def check_build(
     jetpack: str | None = None,
     precision: str = "auto",
     quantize: str | None = None,
+    lm_head: str | None = None,
     frames: int | None = None,
     max_question_tokens: int | None = None,
     max_new_tokens: int | None = None,
     max_batch: int | None = None,
+    split_decoder: int | None = None,
     kernels: str | Path | None = None,
     optimization_level: int | None = None,
     on_step: OnStep = no_step,
@@ -157,6 +158,7 @@ def check_build(
     """
     from tempfile import TemporaryDirectory
 
+    from sfexport.engines.build_arguments import Sizes, export_request, tensorrt_options
     from sfexport.engines.tensorrt.preflight import BUILD_FILE, write_build_directory
     from sfexport.engines.tensorrt.preflight import check_build as check_bundle
     from sfexport.errors import InputError
@@ -164,12 +166,11 @@ def check_build(
 
     source = as_path(source, "The source")
     output = None if output is None else as_output(output)
-    options = _tensorrt_options(
-        target, jetpack, frames, max_question_tokens, max_new_tokens, max_batch, kernels, optimization_level
-    )
+    sizes = Sizes(frames, max_question_tokens, max_new_tokens, max_batch, split_decoder)
+    options = tensorrt_options(target, jetpack, kernels, sizes, optimization_level)
     if options.target is None:
         raise InputError("--check needs a --target.", "Name one, such as --target jetson-orin-agx-64.")
-    request = _export_request("tensorrt", options, precision, quantize)
+    request = export_request("tensorrt", options, precision, quantize, lm_head)
     with TemporaryDirectory() as folder:
         bundle = open_or_export(source, Path(folder) / "bundle", output, request, BUILD_FILE, on_step)
         found = check_bundle(bundle, options.target, options)
@@ -279,61 +280,3 @@ def diagnose(target: str | None = None) -> Diagnosis:
     from sfexport.machines.targets import find_target
 
     return examine(detect_machine(), find_target(target) if target is not None else None)
-
-
-def _tensorrt_options(
-    target: str | None,
-    jetpack: str | None,
-    frames: int | None,
-    max_question_tokens: int | None,
-    max_new_tokens: int | None,
-    max_batch: int | None,
-    kernels: str | Path | None,
-    optimization_level: int | None,
-) -> TensorRTOptions:
-    from sfexport.engines.tensorrt.build import TensorRTOptions
-    from sfexport.errors import InputError
-    from sfexport.machines.targets import find_target
-
-    if jetpack is not None and target is None:
-        raise InputError("--jetpack needs a --target.", "Name one, such as --target jetson-orin-agx-64.")
-    return TensorRTOptions(
-        target=find_target(target, jetpack) if target is not None else None,
-        frames=frames,
-        question_tokens=max_question_tokens,
-        new_tokens=max_new_tokens,
-        rows=max_batch,
-        kernels=None if kernels is None else as_path(kernels, "The directory of kernels"),
-        optimization_level=optimization_level,
-    )
-
-
-def _outputs(source: Path, output: str | Path | None, backend: str, target: str | None) -> tuple[Path, Path]:
-    """Return where `build` writes the bundle of a checkpoint, and the engines."""
-    from sfexport.engines.build import engine_name
-
-    if output is None:
-        name = _directory_name(source)
-        return Path(f"{name}-bundle"), Path(f"{name}-engines") / engine_name(backend, target)
-    output = as_output(output)
-    # A path without a name of its own ('.', '/') is refused later, when the output is checked.
-    return output.parent / f"{output.name or _directory_name(output)}-bundle", output
-
-
-def _export_request(backend: str, options: TensorRTOptions, precision: str, quantize: str | None) -> ExportRequest:
-    """Return how a checkpoint is exported for a backend; for TensorRT it depends on the target, else this machine."""
-    from sfexport.exporting.open_or_export import ExportRequest
-    from sfexport.machines.machine import detect_machine
-    from sfexport.machines.targets import match_machine
-
-    if backend == "tensorrt-rtx":
-        return ExportRequest(precision, True, quantize)
-    if backend != "tensorrt":
-        return ExportRequest(precision, quantize=quantize)
-    target = options.target or match_machine(detect_machine())
-    return ExportRequest(precision, True, quantize, target.split_lm_head if target else 1)
-
-
-def _directory_name(path: Path) -> str:
-    """Return a directory's own name, also where the path is '.'."""
-    return path.resolve().name

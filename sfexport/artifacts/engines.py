@@ -47,7 +47,9 @@ class Engines:
         if content["backend"] == "tensorrt-rtx":
             check_fields(content, RtxFields, path)
         suffix = {"onnxruntime": "onnx", "tensorrt": "engine", "tensorrt-rtx": "engine"}.get(content["backend"])
-        needed = [f"{name}.{suffix}" for name in GRAPHS] if suffix else []
+        parts = content.get("split_decoder", 1) if suffix == "engine" else 1
+        graphs = [*(name for name in GRAPHS if name != "decoder"), *decoder_files(parts)]
+        needed = [f"{name}.{suffix}" for name in graphs] if suffix else []
         check_files(path, content["files"], ENGINE_FILE, needed, set())
         where, promised = cls._find_bundle(path, content["bundle"]), content["bundle"]["sha256"]
         bundle = Bundle.open(where)
@@ -90,6 +92,11 @@ class Engines:
                 f"{name} {version}.",
                 f"Build again: sfexport build {self.bundle.path} -o {self.path}",
             )
+
+
+def decoder_files(parts: int) -> list[str]:
+    """Name the decoder's engine files, without their suffix."""
+    return ["decoder"] if parts == 1 else [f"decoder.{k}" for k in range(parts)]
 
 
 def resolve_engines(path: Path) -> Path:

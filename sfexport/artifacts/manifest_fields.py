@@ -214,6 +214,7 @@ class TensorRTFields(msgspec.Struct, frozen=True, kw_only=True):
     gpu: GpuFields
     plugin: Text | None
     limits: LimitsFields
+    split_decoder: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     cuda: dict[Text, Text | None]
 
 
@@ -222,6 +223,7 @@ class RtxFields(msgspec.Struct, frozen=True, kw_only=True):
 
     compute_capabilities: list[Text]
     limits: LimitsFields
+    split_decoder: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
 
 
 def read_manifest(file: Path) -> dict[str, Any]:

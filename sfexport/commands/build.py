@@ -51,10 +51,21 @@ if TYPE_CHECKING:
 @click.option(
     "--quantize", type=click.Choice(["int4"]), help="For a CHECKPOINT: round the decoder's weights to 4 bits."
 )
+@click.option(
+    "--lm-head",
+    type=click.Choice(["int8", "int4", "fp16"]),
+    help="With --quantize: format of the language-model head.  [default: int8]",
+)
 @click.option("--frames", type=int, help="Maximum frames of a video (TensorRT).  [default: the bundle's]")
 @click.option("--max-question-tokens", type=int, help="Maximum text tokens of a prompt (TensorRT).  [default: 512]")
 @click.option("--max-new-tokens", type=int, help="Maximum tokens of an answer (TensorRT).  [default: 256]")
 @click.option("--max-batch", type=int, help="Maximum questions decoded together (TensorRT).  [default: 8]")
+@click.option(
+    "--split-decoder",
+    type=int,
+    help="Engines to split the decoder into, for boards that cannot allocate it in one block (TensorRT).  [default: "
+    "the target's]",
+)
 @click.option("--kernels", type=DIRECTORY, help="Directory of kernels that --check -o wrote (TensorRT without Triton).")
 @click.option(
     "--optimization-level",

@@ -45,7 +45,7 @@ from sfexport.dtypes import PRECISIONS
 )
 @click.option(
     "--lm-head",
-    type=click.Choice(["int8", "fp16"]),
+    type=click.Choice(["int8", "int4", "fp16"]),
     help="Format of the language-model head in a quantized bundle; fp16: 16 bits, not rounded.  [default: int8]",
 )
 @click.option(

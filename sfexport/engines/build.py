@@ -276,7 +276,8 @@ def _open_tensorrt(engines: Engines) -> Backend:
     if engines.content["plugin"] == "python":
         # The class must be there before an engine that uses it is read; its PTX lies beside the engine.
         register_plugins(trt, "python", StoredKernels(engines.path))
-    return TensorRTBackend(trt, engines.path, engines.bundle.config)
+    parts = engines.content.get("split_decoder", 1)
+    return TensorRTBackend(trt, engines.path, engines.bundle.config, parts=parts)
 
 
 def _open_rtx(engines: Engines) -> Backend:
@@ -296,4 +297,5 @@ def _open_rtx(engines: Engines) -> Backend:
             f"SM{device_sm()}.",
             f"Build again: sfexport build {engines.bundle.path} -o {engines.path} --backend tensorrt-rtx",
         )
-    return TensorRTBackend(trt, engines.path, engines.bundle.config, RUNTIME)
+    parts = engines.content.get("split_decoder", 1)
+    return TensorRTBackend(trt, engines.path, engines.bundle.config, RUNTIME, parts)

@@ -23,19 +23,23 @@ class ExportRequest:
         precision: 'auto' or one of PRECISIONS.
         half: 'auto' means the checkpoint's 16-bit type; otherwise fp32.
         quantize: 'int4', or None.
+        lm_head: format of a quantised bundle's head; None: the default, or what a bundle has.
         split_lm_head: number of pieces the head is computed in; a bundle keeps its own number.
     """
 
     precision: str = "auto"
     half: bool = False
     quantize: str | None = None
+    lm_head: str | None = None
     split_lm_head: int = 1
 
     def options(self, checkpoint: Checkpoint) -> ExportOptions:
         """Return the options that export `checkpoint` as asked for."""
         half = checkpoint.half_precision if self.half else "fp32"
         precision = half if self.precision == "auto" else self.precision
-        return ExportOptions(precision=precision, quantize=self.quantize, split_lm_head=self.split_lm_head)
+        return ExportOptions(
+            precision=precision, quantize=self.quantize, lm_head=self.lm_head, split_lm_head=self.split_lm_head
+        )
 
 
 def open_or_export(
@@ -77,4 +81,10 @@ def _check_agrees(bundle: Bundle, request: ExportRequest) -> None:
         raise InputError(
             f"{bundle.path} is a bundle whose weights are not rounded; that cannot be changed.",
             f"Export again with --quantize {request.quantize}, or name the checkpoint.",
+        )
+    head = bundle.quantization["lm_head"] if bundle.quantization else "not rounded"
+    if request.lm_head and request.lm_head != head:
+        raise InputError(
+            f"{bundle.path} is a bundle whose language-model head is {head}; that cannot be changed.",
+            f"Export again with --quantize int4 --lm-head {request.lm_head}, or name the checkpoint.",
         )

@@ -86,8 +86,8 @@ class _Shared:
     cos: ir.Value
     sin: ir.Value
     self_attention: SelfAttention
-    prefix: list[tuple[ir.Value, ir.Value]]
-    past: list[tuple[ir.Value, ir.Value]]
+    prefix: dict[int, tuple[ir.Value, ir.Value]]
+    past: dict[int, tuple[ir.Value, ir.Value]]
     slow: dict[int, tuple[ir.Value, ir.Value]]
     attends: ir.Value | None
     lengths: ir.Value | None
@@ -99,48 +99,58 @@ def build_decoder(
     dtype: ir.DataType = ir.DataType.FLOAT,
     head_parts: int = 1,
     for_tensorrt: bool = False,
+    layers: range | None = None,
 ) -> ir.Model:
-    """Build the decoder's graph.
+    """Build the decoder's graph, or that of some of its layers.
 
     Args:
         head_parts: number of pieces the language-model head is computed in.
         for_tensorrt: write attention and an 8-bit head in the form that TensorRT fuses, and add the output best_tokens.
             ONNX Runtime runs that too, but slower.
+        layers: consecutive layers; None: all. Where others come before, the graph takes their last hidden state
+            [batch, sequence, H] in the place of inputs_embeds; where others follow, it returns its own in the place of
+            the logits. Both have hidden_name's name.
     """
     g = GraphWriter("decoder", weights, dtype, INT4_OPSET if weights.has_int4 else OPSET)
-    text = config.text
-    embeds = g.input(EMBEDS, dtype, ["batch", "sequence", text.hidden_size])
+    text, layers = config.text, layers or range(config.text.num_layers)
+    shape: Shape = ["batch", "sequence", text.hidden_size]
+    embeds = g.input(hidden_name(layers.start - 1) if layers.start else EMBEDS, dtype, shape)
     # Without 16-bit K and V there is no fused kernel.
     fused = for_tensorrt and dtype != ir.DataType.FLOAT
-    shared = _write_inputs(g, config, embeds, fused)
+    shared = _write_inputs(g, config, layers, embeds, fused)
     x = g.reshape(embeds, -1, text.hidden_size)
     new = []
-    for i in range(text.num_layers):
+    for i in layers:
         with g.scope(f"layers.{i}"):
             x, key_value = _write_layer(g, config, shared, x, i)
-            x.name = hidden_name(i)
+            if i + 1 < layers.stop or layers.stop == text.num_layers:  # else it is an output's name
+                x.name = hidden_name(i)
             new += key_value
-    _write_head(g, config, shared, x, head_parts, for_tensorrt)
-    shape: Shape = ["batch", text.num_kv_heads, "sequence", text.head_dim]
-    for name, value in zip(new_names(config), new, strict=True):
-        g.output(name, value, dtype, shape)
-    return g.model([cross_attention_function(g.opset, fused)] if config.slow_fast.hybrid_layers else [])
+    if layers.stop == text.num_layers:
+        _write_head(g, config, shared, x, head_parts, for_tensorrt)
+    else:
+        whole = g.op("Reshape", x, g.op("Concat", shared.rows, g.ints(text.hidden_size), axis=0))
+        g.output(hidden_name(layers.stop - 1), whole, dtype, shape)
+    for name, value in zip(new_names(config, layers), new, strict=True):
+        g.output(name, value, dtype, ["batch", text.num_kv_heads, "sequence", text.head_dim])
+    return g.model([cross_attention_function(g.opset, fused)] if shared.slow else [])
 
 
-def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value, fused: bool) -> _Shared:
+def _write_inputs(g: GraphWriter, config: ModelConfig, layers: range, embeds: ir.Value, fused: bool) -> _Shared:
     positions = g.input(POSITIONS, ir.DataType.INT64, ["batch", "sequence"])
     mask = g.input(MASK, ir.DataType.BOOL, ["batch", "sequence"])
-    prefix = _key_value_inputs(g, config, prefix_names(config), 1, "prefix")
-    past = _key_value_inputs(g, config, past_names(config), "batch", "capacity")
+    prefix = _key_value_inputs(g, config, prefix_names(config, layers), 1, "prefix")
+    past = _key_value_inputs(g, config, past_names(config, layers), "batch", "capacity")
     past_lengths = g.input(PAST_LENGTHS, ir.DataType.INT64, ["batch"])
-    slow = _key_value_inputs(g, config, slow_names(config), "videos", "slow")
+    slow = _key_value_inputs(g, config, slow_names(config, layers), "videos", "slow")
     attends = lengths = None
     if slow:
         attends = g.input(SLOW_ATTENDS, ir.DataType.BOOL, ["batch", "sequence"])
         lengths = g.input(SLOW_LENGTHS, ir.DataType.INT64, ["videos"])
     with g.scope("rotary"):
         cos, sin = _write_rotary(g, config, positions)
-    by_layer = dict(zip(config.slow_fast.hybrid_layers, slow, strict=True))
+    hybrid = [i for i in config.slow_fast.hybrid_layers if i in layers]
+    by_layer = dict(zip(hybrid, slow, strict=True))
     with g.scope("shapes"):
         prefix_length = g.dims(prefix[0][0], 2, 3)
         cached = g.op("Add", prefix_length, g.dims(past[0][0], 2, 3))
@@ -155,7 +165,8 @@ def _write_inputs(g: GraphWriter, config: ModelConfig, embeds: ir.Value, fused: 
             if fused
             else AttentionInParts(g, config.text, batch, sequence, prefix_length, cached, bias)
         )
-    return _Shared(rows, query, key, cos, sin, attention, prefix, past, by_layer, attends, lengths)
+    shared, own = (dict(zip(layers, values, strict=True)) for values in (prefix, past))
+    return _Shared(rows, query, key, cos, sin, attention, shared, own, by_layer, attends, lengths)
 
 
 def _key_value_inputs(

@@ -30,28 +30,29 @@ LOGIT_SUMS = "logit_sums"
 FEATURES = "vision_features"
 
 
-def slow_names(config: ModelConfig) -> list[str]:
-    """Name slow K/V, key and value by hybrid layer: compressor outputs, decoder inputs."""
-    return [f"slow_key_values.{k}.{x}" for k in range(len(config.slow_fast.hybrid_layers)) for x in ("key", "value")]
+def slow_names(config: ModelConfig, layers: range | None = None) -> list[str]:
+    """Name slow K/V, key and value by hybrid layer (of `layers`, or all): compressor outputs, decoder inputs."""
+    hybrid = [k for k, i in enumerate(config.slow_fast.hybrid_layers) if layers is None or i in layers]
+    return [f"slow_key_values.{k}.{x}" for k in hybrid for x in ("key", "value")]
 
 
-def prefix_names(config: ModelConfig) -> list[str]:
+def prefix_names(config: ModelConfig, layers: range | None = None) -> list[str]:
     """Name the K/V of the positions that all rows share, key and value by layer: decoder inputs."""
-    return _text_names("prefix_key_values", config)
+    return _text_names("prefix_key_values", config, layers)
 
 
-def past_names(config: ModelConfig) -> list[str]:
+def past_names(config: ModelConfig, layers: range | None = None) -> list[str]:
     """Name each row's own K/V before a step, in the order of prefix_names: decoder inputs."""
-    return _text_names("past_key_values", config)
+    return _text_names("past_key_values", config, layers)
 
 
-def new_names(config: ModelConfig) -> list[str]:
+def new_names(config: ModelConfig, layers: range | None = None) -> list[str]:
     """Name the K/V of a step's own positions, in the order of prefix_names: decoder outputs."""
-    return _text_names("new_key_values", config)
+    return _text_names("new_key_values", config, layers)
 
 
-def _text_names(kind: str, config: ModelConfig) -> list[str]:
-    return [f"{kind}.{i}.{x}" for i in range(config.text.num_layers) for x in ("key", "value")]
+def _text_names(kind: str, config: ModelConfig, layers: range | None) -> list[str]:
+    return [f"{kind}.{i}.{x}" for i in layers or range(config.text.num_layers) for x in ("key", "value")]
 
 
 def hidden_name(layer: int) -> str:

@@ -38,6 +38,7 @@ class Target:
         fp16_tflops: dense fp16 rate in 10^12 operations per second.
         matches: part of a Jetson's model name, or a word of a GPU's name.
         split_lm_head: number of pieces that the head is computed in, so that none is too large to allocate.
+        split_decoder: number of engines that the decoder is split into, for the same reason.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Target:
     fp16_tflops: float
     matches: str
     split_lm_head: int = 1
+    split_decoder: int = 1
 
 
 @cache

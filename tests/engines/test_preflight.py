@@ -163,6 +163,7 @@ def test_a_quantised_build_for_a_board_that_cannot_allocate_the_head_whole(tmp_p
     assert document(result)["quantize"] == "int4"
     bundle, script = seen
     assert bundle.content["options"]["split_lm_head"] == 4
+    assert "--split-decoder 4 --quantize int4 --lm-head int8" in script and "--max-batch 8" in script
     assert "--quantize int4" in script and "--target jetson-orin-nano-8" in script
     line = next(check for check in document(result)["checks"] if check["subject"] == "precision")
     assert line["found"] == "bf16 with int4" and line["verdict"] == "ok"

@@ -134,7 +134,7 @@ def test_an_engine_that_cannot_be_captured_runs_all_the_same(
     decoding: Decoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = decoding.run(["Describe the circle."])
-    decoding.pipeline.backend._decoder._states.clear()
+    decoding.pipeline.backend._parts[0]._states.clear()
     monkeypatch.setattr(decoding.played.driver, "cuGraphInstantiate", lambda graph, flags: (1, 0))
     assert decoding.run(["Describe the circle."]) == expected
     called = [name for step in decoding.steps for name, _ in step]

@@ -30,6 +30,7 @@ from sfexport.engines.build import build as build_engines
 from sfexport.engines.build import choose_backend, engine_name, open_backend
 from sfexport.engines.profiles import DECODE, PREFILL, Limits, resolve_profiles
 from sfexport.engines.tensorrt import cuda, rtx_build, rtx_library
+from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
 from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
@@ -110,7 +111,7 @@ def test_only_cards_that_engines_were_built_for_load_them(
     opened = replace(opened, content=opened.content | {"compute_capabilities": built_for})
     if taken:
         open_backend(opened)
-        assert loaded == [(TRT, opened.path, opened.bundle.config, "tensorrt-rtx")]
+        assert loaded == [(TRT, opened.path, opened.bundle.config, "tensorrt-rtx", 1)]
         return
     with pytest.raises(BundleError, match=rf"built for SM\d+.*GPU is of SM{sm}") as caught:
         open_backend(opened)
@@ -252,6 +253,19 @@ def test_a_target_decides_the_compute_capability(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert_says(refused.stderr, "builds nothing for h100 (SM90)", "SM89")
     assert not (tmp_path / "f").exists() and not (tmp_path / "f-bundle").exists()
+
+
+def test_a_decoder_is_built_in_parts_that_hold_its_weights_once(wide: Any, tmp_path: Path) -> None:
+    """No part is much larger than its share: that is what a board with little memory in one piece needs."""
+    bundle = wide("bf16")
+    options = TensorRTOptions(split_decoder=3)
+    built = build_engines(bundle, tmp_path / "engines", "tensorrt-rtx", tensorrt=options)
+    assert built.content["split_decoder"] == 3
+    sizes = [(tmp_path / "engines" / f"decoder.{k}.engine").stat().st_size for k in range(3)]
+    weights = weight_bytes(bundle)
+    assert weights <= sum(sizes) < weights + 3 * 16_000_000
+    # The head is two thirds of a layer here, and goes with the last layer.
+    assert max(sizes) < 0.7 * weights
 
 
 def test_kernels_have_no_use(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ It proves the handling of memory, shapes and profiles. That TensorRT computes th
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from gpu import VERSIONS, played_gpu
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.engines import Engines
@@ -21,6 +25,7 @@ from sfexport.demo.scenes import FPS, SIZE, UPSCALE, video_frames
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build, open_backend
 from sfexport.engines.tensorrt.build import TensorRTOptions
+from sfexport.engines.tensorrt.graph_file import split_layers
 from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.exporting.export import ExportOptions, export
 from sfexport.kernels.compile import compile_kernels
@@ -97,6 +102,59 @@ def test_questions_are_decoded_together(made, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="decode at most 3 questions together, not 4") as error:
             session.ask_many(QUESTIONS, options, batch=4)
         assert "--max-batch 4" in error.value.hint
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_decoder_in_several_engines_gives_the_same_tokens(parts, made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    expected = answers(Pipeline.load(made / "cpu"), made / "clip.mp4")
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache", bundle) as played:
+        options = TensorRTOptions(new_tokens=8, question_tokens=64, rows=3, split_decoder=parts)
+        engines = build(bundle, tmp_path / "engines", "tensorrt", tensorrt=options)
+        assert engines.content["split_decoder"] == parts
+        assert set(engines.content["files"]) >= {f"decoder.{k}.engine" for k in range(parts)}
+        assert "decoder.engine" not in engines.content["files"]
+        pipeline = Pipeline.load(tmp_path / "engines")
+        assert answers(pipeline, made / "clip.mp4") == expected
+        session = pipeline.encode(made / "clip.mp4")
+        options = replace(pipeline.generation_options(), stop_ids=frozenset(), max_new_tokens=6)
+        alone = [session.ask(question, options).ids for question in QUESTIONS]
+        played.driver.calls.clear()
+        assert [a.ids for a in session.ask_many(QUESTIONS, options)] == alone
+        launches = [name for name, _ in played.driver.calls].count("cuGraphLaunch")
+        assert launches and launches % parts == 0
+        (tmp_path / "engines" / "decoder.1.engine").unlink()
+        with pytest.raises(BundleError, match=r"decoder\.1\.engine"):
+            Engines.open(tmp_path / "engines")
+
+
+def test_a_decoder_that_cannot_be_split_is_refused(made, tmp_path, monkeypatch):
+    bundle = Bundle.open(made / "bundle")
+    with played_gpu(monkeypatch, "10.3", tmp_path / "cache", bundle):
+        with pytest.raises(InputError, match="--split-decoder 5 is more than the decoder's 4 layers"):
+            build(bundle, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(split_decoder=5))
+        with pytest.raises(InputError, match="--split-decoder"):
+            TensorRTOptions(split_decoder=0)
+        shutil.copytree(bundle.path, tmp_path / "edited")
+        edited = Bundle.open(tmp_path / "edited")
+        model = onnx.load(edited.graph_file("decoder"), load_external_data=False)
+        model.doc_string = "mine"
+        onnx.save(model, edited.graph_file("decoder"))
+        with pytest.raises(InputError, match="cannot be split"):
+            build(edited, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(split_decoder=2))
+        assert not (tmp_path / "engines").exists()
+
+
+@given(layers=st.integers(1, 80), parts=st.integers(1, 80), vocabulary=st.integers(1, 300_000))
+def test_parts_of_a_decoder_hold_every_layer_once(layers, parts, vocabulary):
+    text = replace(Checkpoint.open(SHIPPED).config.text, num_layers=layers, vocab_size=vocabulary)
+    if parts > layers:
+        with pytest.raises(InputError):
+            split_layers(text, parts)
+        return
+    found = split_layers(text, parts)
+    assert len(found) == parts and all(found)
+    assert [i for part in found for i in part] == list(range(layers))
 
 
 def test_key_values_go_to_the_host_and_back(made, tmp_path, monkeypatch):

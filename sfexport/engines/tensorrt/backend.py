@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfexport.artifacts.bundle import GRAPHS
+from sfexport.artifacts.engines import decoder_files
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues, Logits, compressor_feeds, decoder_feeds
 from sfexport.engines.profiles import DECODE, PREFILL
@@ -74,23 +75,26 @@ class TensorRTBackend(Backend):
         directory: directory that holds one .engine file per graph.
         config: the model's.
         name: the backend's.
+        parts: number of engines that the decoder is split into.
     """
 
-    def __init__(self, trt: Any, directory: Path, config: ModelConfig, name: str = RUNTIME) -> None:
+    def __init__(self, trt: Any, directory: Path, config: ModelConfig, name: str = RUNTIME, parts: int = 1) -> None:
         self.name, self.config, self._trt = name, config, trt
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
-        self._engines = {g: Engine(trt, self._runtime, directory / f"{g}.engine", self._logger) for g in GRAPHS}
+        files = [*(graph for graph in GRAPHS if graph != "decoder"), *decoder_files(parts)]
+        self._engines = {f: Engine(trt, self._runtime, directory / f"{f}.engine", self._logger) for f in files}
         self._scratch = OwnedBuffer(max(e.scratch_size for e in self._engines.values()))
         for engine in self._engines.values():
             engine.prepare(self._scratch)
         self._stream = Stream()
         self._transfers = Transfers(self._stream)
-        self._decoder = self._engines["decoder"]
+        self._parts = [self._engines[file] for file in decoder_files(parts)]
         self._slow_names, self._new_names = names.slow_names(config), names.new_names(config)
         self._prefix_names, self._past_names = names.prefix_names(config), names.past_names(config)
-        self._kv_type = self._decoder.types[self._past_names[0]]
-        self.max_rows, _, self._longest, _ = self._decoder.max_shape(self._past_names[0], _PROFILES.index(DECODE))
+        first = self._parts[0]
+        self._kv_type = first.types[self._past_names[0]]
+        self.max_rows, _, self._longest, _ = first.max_shape(self._past_names[0], _PROFILES.index(DECODE))
         self._pools: dict[int, Pool] = {}
         self._nothing = OwnedBuffer(1)  # an address for tensors without elements
         self._no_slow: KeyValues | None = None
@@ -125,9 +129,10 @@ class TensorRTBackend(Backend):
         return logits.values(), new
 
     def decode_later(self, step: DecoderStep) -> tuple[Logits, KeyValues]:
-        engine, count = self._decoder, step.inputs_embeds.shape[1]
-        feeds = decoder_feeds(step, self.config)
-        tensors = {name: self._transfers.upload(engine, name, array) for name, array in feeds.items()}
+        count, tensors = step.inputs_embeds.shape[1], dict[str, DeviceTensor]()
+        for name, array in decoder_feeds(step, self.config).items():
+            taker = next(part for part in self._parts if name in part.types)
+            tensors[name] = self._transfers.upload(taker, name, array)
         if self._slow_names:
             slow = step.slow or self._absent_slow()
             tensors |= zip(self._slow_names, slow.tensors, strict=True)
@@ -138,18 +143,24 @@ class TensorRTBackend(Backend):
         tensors |= zip(self._past_names, past, strict=True)
         new = self.key_values(step.rows, count)
         tensors |= zip(self._new_names, new, strict=True)
-        outputs: dict[str, tuple[int, ...]] = {
-            name: (step.rows,) for name in (names.BEST_TOKENS, names.LOGIT_SUMS) if name in engine.outputs
-        }
-        outputs[names.LOGITS] = (step.rows, self.config.text.vocab_size)
-        small = {name: self._transfers.reuse(engine, name, shape) for name, shape in outputs.items()}
         decodes = own is not None and count == 1
-        engine.run(tensors | small, self._stream, _PROFILES.index(DECODE if decodes else PREFILL), repeats=decodes)
-        return _DeviceLogits(self, small), KeyValues(new, count)
+        for part in self._parts:
+            outputs = self._outputs(part, step.rows, count)
+            tensors |= outputs
+            part.run(tensors, self._stream, _PROFILES.index(DECODE if decodes else PREFILL), repeats=decodes)
+        return _DeviceLogits(self, outputs), KeyValues(new, count)
+
+    def _outputs(self, part: Engine, rows: int, count: int) -> dict[str, DeviceTensor]:
+        """Return memory for what a part returns beside K and V: its hidden states, or the logits."""
+        text, own = self.config.text, set(self._new_names)
+        shapes = {names.LOGITS: (rows, text.vocab_size), names.BEST_TOKENS: (rows,), names.LOGIT_SUMS: (rows,)}
+        hidden = (rows, count, text.hidden_size)
+        wanted = [name for name in part.outputs if name not in own]
+        return {name: self._transfers.reuse(part, name, shapes.get(name, hidden)) for name in wanted}
 
     def download_outputs(self, outputs: dict[str, DeviceTensor], *wanted: str) -> list[np.ndarray]:
         """Copy some of the decoder's small outputs to the host."""
-        return self._transfers.download_small(self._decoder, {name: outputs[name] for name in wanted})
+        return self._transfers.download_small(self._parts[-1], {name: outputs[name] for name in wanted})
 
     def join(self, parts: Sequence[KeyValues]) -> KeyValues:
         length, at = sum(part.length for part in parts), 0

@@ -12,13 +12,13 @@ from typing import Any
 
 import onnx
 
-from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.dtypes import Precision
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine, timing_cache_file
-from sfexport.engines.tensorrt.graph_file import tensorrt_graph
+from sfexport.engines.tensorrt.graph_file import engine_graphs
 from sfexport.engines.tensorrt.library import check_driver, library
 from sfexport.engines.tensorrt.plugin import choose_plugin, register_plugins
 from sfexport.engines.tensorrt.plugin_operations import KernelSource
@@ -42,6 +42,7 @@ class TensorRTOptions:
     Attributes:
         target: the machine to build for; None: this one, whatever it is.
         question_tokens, new_tokens, rows, frames: see Limits; frames None: the bundle's own.
+        split_decoder: number of engines that the decoder is split into; None: the target's, which is 1 for most.
         kernels: directory of compiled kernels; None: compile them with Triton.
         optimization_level: TensorRT's, 0 to 5; None: its default.
     """
@@ -51,14 +52,26 @@ class TensorRTOptions:
     question_tokens: int | None = None
     new_tokens: int | None = None
     rows: int | None = None
+    split_decoder: int | None = None
     kernels: Path | None = None
     optimization_level: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, whatever is built in the end. Raises InputError for one without meaning."""
         self._limits(1)
+        if self.split_decoder is not None:
+            whole_number(self.split_decoder, "--split-decoder")
         if self.optimization_level is not None:
             whole_number(self.optimization_level, "--optimization-level", minimum=0, maximum=5)
+
+    def decoder_parts(self, target: Target | None = None) -> int:
+        """Return the number of engines that the decoder is split into.
+
+        Args:
+            target: this machine, where it is in the table: it decides where neither an option nor a target was given.
+        """
+        target = self.target or target
+        return self.split_decoder or (target.split_decoder if target else 1)
 
     def limits(self, bundle: Bundle) -> Limits:
         return self._limits(bundle.frames)
@@ -95,12 +108,13 @@ def build_tensorrt(
     kind, kernels = _prepare_plugin(trt, bundle, gpu, options, on_step)
     timings = timing_cache_file(gpu.name, trt.__version__)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != Precision.FP32)
-    for name in GRAPHS:
-        on_step(f"building {name} with TensorRT {trt.__version__} for {gpu.name}")
-        graph = _write_graph(bundle, name, kind, gpu, directory, on_step)
-        file = directory / f"{name}.engine"
-        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
-        graph.unlink()
+    parts = options.decoder_parts(target=match_machine(machine))
+    for graph in engine_graphs(bundle, profiles, parts, on_step):
+        on_step(f"building {graph.name} with TensorRT {trt.__version__} for {gpu.name}")
+        source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"
+        onnx.save(_with_plugin(bundle, graph.model, gpu) if kind else graph.model, source)
+        build_engine(trt, source, bundle.weights_directory, file, graph.profiles, build, on_progress, on_step)
+        source.unlink()
     if kind == "python":
         save_kernels(directory, kernels)
     here = match_machine(machine)
@@ -110,6 +124,7 @@ def build_tensorrt(
         "plugin": kind,
         "weights_read": weights_read,
         "limits": asdict(limits),
+        "split_decoder": parts,
         "cuda": {"driver": machine.cuda.driver, "newest": machine.cuda.cuda},
     }
 
@@ -212,10 +227,8 @@ def plugin_settings(bundle: Bundle, sm: int, multiprocessors: int) -> PluginSett
     return PluginSettings(sm, kernel_ptx_isa(sm), multiprocessors, bundle.config.text.head_dim)
 
 
-def _write_graph(bundle: Bundle, name: str, kind: str | None, gpu: Gpu, directory: Path, on_step: OnStep) -> Path:
-    """Write the graph to build from into `directory`, with plugin nodes where there is a plugin."""
-    model, file = tensorrt_graph(bundle, name, on_step), directory / f"{name}.onnx"
-    if kind is not None and count_cross_attention(model):
-        model = with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors))
-    onnx.save(model, file)
-    return file
+def _with_plugin(bundle: Bundle, model: onnx.ModelProto, gpu: Gpu) -> onnx.ModelProto:
+    """Return the graph with plugin nodes in the place of its cross-attention, if it has any."""
+    if not count_cross_attention(model):
+        return model
+    return with_plugin_nodes(model, plugin_settings(bundle, gpu.sm, gpu.multiprocessors))

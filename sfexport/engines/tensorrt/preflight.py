@@ -6,18 +6,18 @@ shapes; memory. Needs no GPU and no TensorRT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sfexport.artifacts.atomic import new_directory
-from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
-from sfexport.engines.tensorrt.graph_file import tensorrt_graph
+from sfexport.engines.tensorrt.graph_file import EngineGraph, engine_graphs
 from sfexport.engines.tensorrt.parser_support import ParserSupport, check_graph, support_for
 from sfexport.errors import InputError, MissingDependency, SfexportError
 from sfexport.graphs.plugin_nodes import PLUGIN_OPS, with_plugin_nodes
@@ -51,6 +51,8 @@ class Readiness:
     limits: Limits
     precision: str
     quantize: str | None
+    lm_head: str | None
+    split_decoder: int
     checks: tuple[PreflightCheck, ...]
     profiles: dict[str, list[Profile]]
     memory: MemoryEstimate
@@ -68,6 +70,8 @@ class Readiness:
             "limits": asdict(self.limits),
             "precision": self.precision,
             "quantize": self.quantize,
+            "lm_head": self.lm_head,
+            "split_decoder": self.split_decoder,
             "checks": [asdict(check) | {"verdict": check.verdict} for check in self.checks],
             "profiles": {g: [asdict(p) for p in profiles] for g, profiles in self.profiles.items()},
             "memory": self.memory.to_json(),
@@ -86,18 +90,28 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     """
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
-    support = support_for(target.tensorrt)
+    support, parts = support_for(target.tensorrt), options.decoder_parts()
     memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt))
     kernel_checks, kernels = _check_kernels(bundle, target, options)
     checks = [
         _check_precision(bundle, target),
-        *_check_graphs(bundle, target, support, plugin=bool(kernels)),
+        *_check_graphs(bundle, target, support, engine_graphs(bundle, profiles, parts), plugin=bool(kernels)),
         *kernel_checks,
         *_check_profiles(profiles),
         *_check_memory(memory, target),
     ]
-    quantize = bundle.content["options"].get("quantize")
-    return Readiness(target, limits, bundle.precision, quantize, tuple(checks), profiles, memory, kernels)
+    return Readiness(
+        target=target,
+        limits=limits,
+        precision=bundle.precision,
+        quantize=bundle.content["options"].get("quantize"),
+        lm_head=bundle.quantization["lm_head"] if bundle.quantization else None,
+        split_decoder=parts,
+        checks=tuple(checks),
+        profiles=profiles,
+        memory=memory,
+        kernels=kernels,
+    )
 
 
 def _check_precision(bundle: Bundle, target: Target) -> PreflightCheck:
@@ -106,9 +120,11 @@ def _check_precision(bundle: Bundle, target: Target) -> PreflightCheck:
     return PreflightCheck("precision", f"{target.name} computes in it", " with ".join(wanted), passed)
 
 
-def _check_graphs(bundle: Bundle, target: Target, support: ParserSupport, plugin: bool) -> Iterator[PreflightCheck]:
-    for name in GRAPHS:
-        model = tensorrt_graph(bundle, name)
+def _check_graphs(
+    bundle: Bundle, target: Target, support: ParserSupport, graphs: Iterable[EngineGraph], plugin: bool
+) -> Iterator[PreflightCheck]:
+    for graph in graphs:
+        name, model = graph.name, graph.model
         if plugin:
             model = with_plugin_nodes(model, plugin_settings(bundle, target.sm, target.multiprocessors))
         gaps = check_graph(model, name, support, PLUGIN_OPS, bundle.weights_directory)
@@ -205,7 +221,7 @@ def _script(readiness: Readiness) -> str:
     limits, target = readiness.limits, readiness.target
     jetpack = f" --jetpack {target.jetpack}" if target.jetpack else ""
     kernels = ' --kernels "$here"' if readiness.kernels else ""
-    rounded = f" --quantize {readiness.quantize}" if readiness.quantize else ""
+    rounded = f" --quantize {readiness.quantize} --lm-head {readiness.lm_head}" if readiness.quantize else ""
     return f"""#!/bin/sh
 # Builds TensorRT engines for {target.name} on the machine itself: ./build.sh CHECKPOINT [ENGINES]
 set -eu
@@ -214,7 +230,8 @@ checkpoint=${{1:?usage: ./build.sh CHECKPOINT [ENGINES]}}
 sfexport doctor --target {target.name}
 sfexport build "$checkpoint" -o "${{2:-engines}}" --backend tensorrt --target {target.name}{jetpack} \\
     --precision {readiness.precision} --frames {limits.frames} --max-question-tokens {limits.question_tokens} \\
-    --max-new-tokens {limits.new_tokens}{rounded}{kernels}
+    --max-new-tokens {limits.new_tokens} --max-batch {limits.rows} \\
+    --split-decoder {readiness.split_decoder}{rounded}{kernels}
 """
 
 

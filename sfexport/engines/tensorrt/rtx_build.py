@@ -13,12 +13,12 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from sfexport.artifacts.bundle import GRAPHS, Bundle
+from sfexport.artifacts.bundle import Bundle
 from sfexport.engines.memory import estimate_memory, physical_memory
 from sfexport.engines.profiles import Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
-from sfexport.engines.tensorrt.graph_file import tensorrt_graph
+from sfexport.engines.tensorrt.graph_file import engine_graphs
 from sfexport.engines.tensorrt.rtx_library import library
 from sfexport.engines.weight_check import check_weights
 from sfexport.errors import InputError, SfexportError
@@ -63,19 +63,20 @@ def build_rtx(
 
     tf32 = bundle.precision != "fp32"
     build = BuildOptions(options.optimization_level, tf32=tf32, configure=configure if capabilities else None)
-    for name in GRAPHS:
-        on_step(f"building {name} with TensorRT for RTX {trt.__version__}")
-        graph = directory / f"{name}.onnx"
+    parts = options.decoder_parts()
+    for graph in engine_graphs(bundle, profiles, parts, on_step):
+        on_step(f"building {graph.name} with TensorRT for RTX {trt.__version__}")
+        source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"
         # Nodes of a function's body would have the same names at every call.
-        onnx.save(onnx.inliner.inline_local_functions(tensorrt_graph(bundle, name, on_step)), graph)
-        file = directory / f"{name}.engine"
-        build_engine(trt, graph, bundle.weights_directory, file, profiles[name], build, on_progress, on_step)
-        graph.unlink()
+        onnx.save(onnx.inliner.inline_local_functions(graph.model), source)
+        build_engine(trt, source, bundle.weights_directory, file, graph.profiles, build, on_progress, on_step)
+        source.unlink()
     return {
         "target": options.target.name if options.target else "rtx",
         "compute_capabilities": list(capabilities),
         "weights_read": weights_read,
         "limits": asdict(limits),
+        "split_decoder": parts,
     }
 
 
