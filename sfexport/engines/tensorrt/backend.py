@@ -76,10 +76,13 @@ class TensorRTBackend(Backend):
         config: the model's.
         name: the backend's.
         parts: number of engines that the decoder is split into.
+
+    Attributes:
+        replays: decode steps are replayed as CUDA graphs; False is for comparison.
     """
 
     def __init__(self, trt: Any, directory: Path, config: ModelConfig, name: str = RUNTIME, parts: int = 1) -> None:
-        self.name, self.config, self._trt = name, config, trt
+        self.name, self.config, self._trt, self.replays = name, config, trt, True
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
         files = [*(graph for graph in GRAPHS if graph != "decoder"), *decoder_files(parts)]
@@ -147,7 +150,9 @@ class TensorRTBackend(Backend):
         for part in self._parts:
             outputs = self._outputs(part, step.rows, count)
             tensors |= outputs
-            part.run(tensors, self._stream, _PROFILES.index(DECODE if decodes else PREFILL), repeats=decodes)
+            part.run(
+                tensors, self._stream, _PROFILES.index(DECODE if decodes else PREFILL), repeats=decodes and self.replays
+            )
         return _DeviceLogits(self, outputs), KeyValues(new, count)
 
     def _outputs(self, part: Engine, rows: int, count: int) -> dict[str, DeviceTensor]:
