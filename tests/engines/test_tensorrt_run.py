@@ -64,6 +64,7 @@ def test_answers_are_those_of_onnx_runtime(version, made, tmp_path, monkeypatch)
     # The decoder has a context for prefill and one for decoding, which is switched to its profile once.
     assert names.count("IExecutionContext.set_optimization_profile_async") == 1
     assert names.count("IExecutionContext.set_device_memory") == 4
+    assert "Runtime.gpu_allocator" in names and "Builder.gpu_allocator" in played.recorder.names()
 
 
 def test_memory_does_not_grow_with_questions(made, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ class Runtime:
     max_threads = Field(1)
     DLA_core = Field(-1)
     error_recorder = Field()
+    gpu_allocator = Field()
 
     def _begin(self, logger: Any) -> None:
         self._logger = self._trt._logger = logger

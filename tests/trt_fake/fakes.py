@@ -276,6 +276,7 @@ class Config:
 
 class Builder:
     max_threads = Field(1)
+    gpu_allocator = Field()
 
     def _begin(self, logger: Any) -> None:
         self._logger = self._trt._logger = logger

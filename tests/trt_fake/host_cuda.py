@@ -28,7 +28,13 @@ class HostDriver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
+        CU_DEVICE_ATTRIBUTE_INTEGRATED="integrated",
+        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED="virtual memory",
     )
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="device")
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE="read and write")
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM="minimum")
 
     CUDA_MEMCPY3D = SimpleNamespace
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
@@ -36,6 +42,10 @@ class HostDriver:
 
     def __init__(self, sm: int = 87, multiprocessors: int = 16) -> None:
         self._attributes = {"major": sm // 10, "minor": sm % 10, "multiprocessors": multiprocessors}
+        self._attributes |= {"integrated": 1, "virtual memory": 1}
+        self.largest_piece: int | None = None  # of physical memory; None: any
+        self._pieces: dict[int, int] = {}  # sizes by handle
+        self._ranges: dict[int, dict[int, int]] = {}  # by address reserved, the pieces' sizes by address
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._streams = 0
@@ -149,6 +159,56 @@ class HostDriver:
         self.live += size
         self.peak = max(self.peak, self.live)
         return OK, ctypes.addressof(block)
+
+    def CUmemAllocationProp(self) -> SimpleNamespace:
+        return SimpleNamespace(location=SimpleNamespace())
+
+    CUmemAccessDesc = SimpleNamespace
+
+    def cuMemGetAllocationGranularity(self, properties: SimpleNamespace, option: str) -> tuple[int, int]:
+        return OK, 2 << 20
+
+    def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[int, int]:
+        if size % (2 << 20):
+            return INVALID, 0
+        block = (ctypes.c_char * size)()
+        self._memory[ctypes.addressof(block)] = block
+        self._ranges[ctypes.addressof(block)] = {}
+        return OK, ctypes.addressof(block)
+
+    def cuMemCreate(self, size: int, properties: SimpleNamespace, flags: int) -> tuple[int, int]:
+        if size % (2 << 20) or (self.largest_piece is not None and size > self.largest_piece):
+            return INVALID, 0
+        handle = 1 + max(self._pieces, default=0)
+        self._pieces[handle] = size
+        return OK, handle
+
+    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple[int]:
+        found = [start for start in self._ranges if start <= address < start + ctypes.sizeof(self._memory[start])]
+        if not found or self._pieces.get(handle) != size:
+            return (INVALID,)
+        self._ranges[found[0]][address] = size
+        self.live += size
+        return (OK,)
+
+    def cuMemRelease(self, handle: int) -> tuple[int]:
+        return (OK,) if self._pieces.pop(handle, None) is not None else (INVALID,)
+
+    def cuMemSetAccess(self, address: int, size: int, access: list[SimpleNamespace], count: int) -> tuple[int]:
+        return (OK,) if sum(self._ranges.get(address, {}).values()) == size and count == len(access) else (INVALID,)
+
+    def cuMemUnmap(self, address: int, size: int) -> tuple[int]:
+        if sum(self._ranges.get(address, {}).values()) != size:
+            return (INVALID,)
+        self._ranges[address].clear()
+        self.live -= size
+        return (OK,)
+
+    def cuMemAddressFree(self, address: int, size: int) -> tuple[int]:
+        if self._ranges.get(address) != {} or ctypes.sizeof(self._memory[address]) != size:
+            return (INVALID,)
+        del self._ranges[address], self._memory[address]
+        return (OK,)
 
     def cuMemFree(self, address: int) -> tuple[int]:
         block = self._memory.pop(int(address), None)

@@ -53,6 +53,7 @@ OPEN = (
     "IProgressMonitor",
     "IProfiler",
     "IErrorRecorder",
+    "IGpuAllocator",
     "IVersionedInterface",
     "IPluginCapability",
     "IPluginV3",

@@ -19,6 +19,7 @@ from sfexport.artifacts.engines import decoder_files
 from sfexport.checkpoint.config import ModelConfig
 from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues, Logits, compressor_feeds, decoder_feeds
 from sfexport.engines.profiles import DECODE, PREFILL
+from sfexport.engines.tensorrt.allocator import chunked_allocator
 from sfexport.engines.tensorrt.buffers import DeviceTensor, OwnedBuffer, Pool
 from sfexport.engines.tensorrt.cuda import Place, Stream
 from sfexport.engines.tensorrt.engine import Engine
@@ -85,6 +86,9 @@ class TensorRTBackend(Backend):
         self.name, self.config, self._trt, self.replays = name, config, trt, True
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
+        self._allocator = chunked_allocator(trt)
+        if self._allocator is not None:
+            self._runtime.gpu_allocator = self._allocator
         files = [*(graph for graph in GRAPHS if graph != "decoder"), *decoder_files(parts)]
         self._engines = {f: Engine(trt, self._runtime, directory / f"{f}.engine", self._logger) for f in files}
         self._scratch = OwnedBuffer(max(e.scratch_size for e in self._engines.values()))

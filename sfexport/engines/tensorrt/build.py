@@ -17,6 +17,7 @@ from sfexport.dtypes import Precision
 from sfexport.engines.memory import MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
+from sfexport.engines.tensorrt.allocator import chunked_allocator
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine, timing_cache_file
 from sfexport.engines.tensorrt.graph_file import engine_graphs
 from sfexport.engines.tensorrt.library import check_driver, library
@@ -107,7 +108,8 @@ def build_tensorrt(
     weights_read = check_weights(bundle, on_step)
     kind, kernels = _prepare_plugin(trt, bundle, gpu, options, on_step)
     timings = timing_cache_file(gpu.name, trt.__version__)
-    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=bundle.precision != Precision.FP32)
+    tf32, allocator = bundle.precision != Precision.FP32, chunked_allocator(trt)
+    build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=tf32, allocator=allocator)
     parts = options.decoder_parts(target=match_machine(machine))
     for graph in engine_graphs(bundle, profiles, parts, on_step):
         on_step(f"building {graph.name} with TensorRT {trt.__version__} for {gpu.name}")

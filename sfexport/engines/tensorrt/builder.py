@@ -31,6 +31,7 @@ class BuildOptions:
     Attributes:
         optimization_level: 0 (fastest build) to 5 (fastest engine); None: TensorRT's default.
         timing_cache: file of timings of earlier builds, read and written; None: none.
+        allocator: gives the builder memory of the GPU; None: TensorRT's own.
         configure: sets what this module does not know on the builder's configuration; None: nothing.
         tf32: let float32 products drop to TF32: right for the float32 islands of a 16-bit graph, wrong for a graph
             that was exported in float32 for its accuracy.
@@ -39,6 +40,7 @@ class BuildOptions:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     tf32: bool = True
+    allocator: Any = None
     configure: Callable[[Any], None] | None = None
 
 
@@ -60,6 +62,8 @@ def build_engine(
     """
     logger = make_logger(trt, on_step)
     builder = trt.Builder(logger)
+    if options.allocator is not None:
+        builder.gpu_allocator = options.allocator
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     with _Weights(parser, graph, weights_directory) as weights:
