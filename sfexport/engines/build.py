@@ -287,6 +287,7 @@ def _open_rtx(engines: Engines) -> Backend:
     from sfexport.engines.tensorrt.library import check_driver
     from sfexport.engines.tensorrt.rtx_build import default_capabilities
     from sfexport.engines.tensorrt.rtx_library import RUNTIME, library
+    from sfexport.engines.tensorrt.rtx_runtime import RtxContexts, runtime_cache_file
 
     trt = library()
     check_driver()
@@ -298,4 +299,5 @@ def _open_rtx(engines: Engines) -> Backend:
             f"Build again: sfexport build {engines.bundle.path} -o {engines.path} --backend tensorrt-rtx",
         )
     parts = engines.content.get("split_decoder", 1)
-    return TensorRTBackend(trt, engines.path, engines.bundle.config, RUNTIME, parts)
+    contexts = RtxContexts(trt, runtime_cache_file(device_sm()))
+    return TensorRTBackend(trt, engines.path, engines.bundle.config, RUNTIME, parts, contexts)

@@ -34,6 +34,7 @@ from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
 from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.engines.tensorrt.parser_support import check_graph, support_for
+from sfexport.engines.tensorrt.rtx_runtime import RtxContexts, runtime_cache_file
 from sfexport.errors import BundleError, InputError, MissingDependency, SfexportError
 from sfexport.exporting.export import ExportOptions, export
 from sfexport.testing.random_checkpoint import write_random_checkpoint
@@ -111,7 +112,9 @@ def test_only_cards_that_engines_were_built_for_load_them(
     opened = replace(opened, content=opened.content | {"compute_capabilities": built_for})
     if taken:
         open_backend(opened)
-        assert loaded == [(TRT, opened.path, opened.bundle.config, "tensorrt-rtx", 1)]
+        ((*given, contexts),) = loaded
+        assert given == [TRT, opened.path, opened.bundle.config, "tensorrt-rtx", 1]
+        assert isinstance(contexts, RtxContexts)
         return
     with pytest.raises(BundleError, match=rf"built for SM\d+.*GPU is of SM{sm}") as caught:
         open_backend(opened)
@@ -389,3 +392,98 @@ def test_the_bundles_own_decoder_is_not_fused(wide: Any, tmp_path: Path) -> None
     build(bundle, "decoder", tmp_path / "own.engine", own, Limits(bundle.frames, 1296, 256), (PREFILL,))
     plan = PlanText.read((tmp_path / "own.engine").read_bytes())
     assert not plan.attention and max(plan.scratch) > 64 << 20
+
+
+# --- the cache of kernels that are compiled on the GPU -------------------------------------------------------
+
+
+class PlayedCache:
+    """What RtxContexts uses of IRuntimeCache; `content` is what the GPU has compiled."""
+
+    def __init__(self) -> None:
+        self.content, self.taken = b"compiled", list[bytes]()
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.taken.append(blob)
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+class PlayedConfig:
+    """What RtxContexts uses of IRuntimeConfig, checked against the real class."""
+
+    def __init__(self, cache: PlayedCache) -> None:
+        self._cache, self.settings = cache, dict[str, Any]()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name != "settings":
+            assert isinstance(getattr(TRT.IRuntimeConfig, name), property)
+            self.settings[name] = value
+            return
+        object.__setattr__(self, name, value)
+
+    def create_runtime_cache(self) -> PlayedCache:
+        return self._cache
+
+    def set_runtime_cache(self, cache: PlayedCache) -> bool:
+        self.settings["cache"] = cache
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.settings["allocation"] = strategy
+
+
+class PlayedEngine:
+    def __init__(self, cache: PlayedCache) -> None:
+        self.configs: list[PlayedConfig] = []
+        self._cache = cache
+
+    def create_runtime_config(self) -> PlayedConfig:
+        self.configs.append(PlayedConfig(self._cache))
+        return self.configs[-1]
+
+    def create_execution_context(self, config: PlayedConfig) -> str:
+        return f"context {self.configs.index(config)}"
+
+
+def test_what_the_runtime_offers_is_what_is_played() -> None:
+    for real, played in ((TRT.IRuntimeConfig, PlayedConfig), (TRT.IRuntimeCache, PlayedCache)):
+        for name in vars(played):
+            assert name.startswith("__") or hasattr(real, name), name
+    assert hasattr(TRT.ICudaEngine, "create_runtime_config")
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    file, cache = tmp_path / "sfexport" / "kernels.cache", PlayedCache()
+    engine = PlayedEngine(cache)
+    contexts = RtxContexts(TRT, file)
+    assert [contexts(engine, fixed) for fixed in (True, False)] == ["context 0", "context 1"]
+    decode, prefill = (config.settings for config in engine.configs)
+    strategies = TRT.DynamicShapesKernelSpecializationStrategy
+    assert decode["dynamic_shapes_kernel_specialization_strategy"] == strategies.EAGER
+    assert prefill["dynamic_shapes_kernel_specialization_strategy"] == strategies.LAZY
+    assert decode["allocation"] == TRT.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert decode["cache"] is prefill["cache"] is cache and cache.taken == []
+    assert not file.exists()
+    del contexts
+    assert file.read_bytes() == b"compiled"
+    before = file.stat().st_mtime_ns
+    again = RtxContexts(TRT, file)
+    again(PlayedEngine(cache), True)
+    assert cache.taken == [b"compiled"]
+    del again
+    assert file.stat().st_mtime_ns == before, "nothing new was compiled"
+
+
+def test_a_place_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    contexts = RtxContexts(TRT, tmp_path / "file" / "kernels.cache")
+    contexts(PlayedEngine(PlayedCache()), True)
+    del contexts
+
+
+def test_the_caches_name_says_the_gpu_and_the_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime_cache_file(89) == tmp_path / "sfexport" / "kernels-sm89-tensorrt-rtx-1.7.1.116.cache"

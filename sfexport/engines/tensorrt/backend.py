@@ -22,7 +22,7 @@ from sfexport.engines.profiles import DECODE, PREFILL
 from sfexport.engines.tensorrt.allocator import chunked_allocator
 from sfexport.engines.tensorrt.buffers import DeviceTensor, OwnedBuffer, Pool
 from sfexport.engines.tensorrt.cuda import Place, Stream
-from sfexport.engines.tensorrt.engine import Engine
+from sfexport.engines.tensorrt.engine import Engine, MakeContext
 from sfexport.engines.tensorrt.library import make_logger
 from sfexport.engines.tensorrt.transfers import Transfers
 from sfexport.errors import InputError
@@ -77,12 +77,21 @@ class TensorRTBackend(Backend):
         config: the model's.
         name: the backend's.
         parts: number of engines that the decoder is split into.
+        make_context: as Engine takes it.
 
     Attributes:
         replays: decode steps are replayed as CUDA graphs; False is for comparison.
     """
 
-    def __init__(self, trt: Any, directory: Path, config: ModelConfig, name: str = RUNTIME, parts: int = 1) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        directory: Path,
+        config: ModelConfig,
+        name: str = RUNTIME,
+        parts: int = 1,
+        make_context: MakeContext | None = None,
+    ) -> None:
         self.name, self.config, self._trt, self.replays = name, config, trt, True
         self._logger = make_logger(trt, lambda line: None)
         self._runtime = trt.Runtime(self._logger)
@@ -90,7 +99,9 @@ class TensorRTBackend(Backend):
         if self._allocator is not None:
             self._runtime.gpu_allocator = self._allocator
         files = [*(graph for graph in GRAPHS if graph != "decoder"), *decoder_files(parts)]
-        self._engines = {f: Engine(trt, self._runtime, directory / f"{f}.engine", self._logger) for f in files}
+        self._engines = {
+            f: Engine(trt, self._runtime, directory / f"{f}.engine", self._logger, make_context) for f in files
+        }
         self._scratch = OwnedBuffer(max(e.scratch_size for e in self._engines.values()))
         for engine in self._engines.values():
             engine.prepare(self._scratch)

@@ -236,6 +236,10 @@ def _make_monitor(trt: Any, on_progress: OnProgress) -> Any:
 
 def timing_cache_file(gpu: str, version: str) -> Path:
     """Return the file that timings are kept in: one per GPU model and TensorRT version."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = "-".join(gpu.lower().split())
-    return base / "sfexport" / f"timings-{name}-tensorrt-{version}.cache"
+    return cache_directory() / f"timings-{name}-tensorrt-{version}.cache"
+
+
+def cache_directory() -> Path:
+    """Return the directory for what is only kept to save time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfexport"

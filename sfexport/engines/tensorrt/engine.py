@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ _LIMITS = {
     "prefix_key_values": "--frames",
     "past_key_values": "--max-new-tokens",
 }
+
+
+MakeContext = Callable[[Any, bool], Any]
 
 
 def numpy_type(tensorrt_type: Any) -> np.dtype:
@@ -51,9 +54,18 @@ class _State:
 class Engine:
     """Runs an engine, with one execution context per profile."""
 
-    def __init__(self, trt: Any, runtime: Any, file: Path, logger: Any) -> None:
-        """Deserialise an engine file. Raises BundleError where TensorRT does not take it."""
-        self._trt, self.name = trt, file.stem
+    def __init__(
+        self, trt: Any, runtime: Any, file: Path, logger: Any, make_context: MakeContext | None = None
+    ) -> None:
+        """Deserialise an engine file.
+
+        Args:
+            make_context: makes a context for an engine, whose shapes are few (True) or many; None: TensorRT's own way.
+
+        Raises:
+            BundleError: TensorRT does not take the file.
+        """
+        self._trt, self.name, self._make_context = trt, file.stem, make_context or self._plain_context
         with file.open("rb") as stream:
             # Mapped: the file is as large as the model, and TensorRT copies what it needs to the GPU.
             engine = runtime.deserialize_cuda_engine(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
@@ -116,7 +128,7 @@ class Engine:
         Raises:
             InputError: a shape the engine was not built for. SfexportError: TensorRT fails; with the tensor's name.
         """
-        state = self._state(profile, stream)
+        state = self._state(profile, stream, repeats)
         if self._bind(state, tensors, profile):
             state.graph = None
         elif repeats and state.graph is None and state.captures:
@@ -126,10 +138,13 @@ class Engine:
         elif not state.context.execute_async_v3(stream.handle):
             raise SfexportError(f"TensorRT failed in the {self.name}.")
 
-    def _state(self, profile: int, stream: Stream) -> _State:
+    def _plain_context(self, engine: Any, fixed_shapes: bool) -> Any:
+        return engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def _state(self, profile: int, stream: Stream, fixed_shapes: bool) -> _State:
         """Return the profile's context; made when it is first asked for."""
         if profile not in self._states:
-            context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context = self._make_context(self.engine, fixed_shapes)
             if context is None or self._scratch is None:
                 raise SfexportError(f"TensorRT cannot make a context for the {self.name}; memory may be full.")
             context.set_device_memory(self._scratch.pointer, self._scratch.size)
