@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfexport.progress import OnProgress, OnStep, no_progress, no_step
-from sfexport.values import as_output, as_path
+from sfexport.values import as_output, as_path, directory_name
 
 if TYPE_CHECKING:
     from sfexport.artifacts.bundle import Bundle
@@ -53,7 +53,6 @@ def export(
         InputError: an option is invalid, the output cannot be written, or the disk is too small.
     """
     from sfexport.checkpoint.checkpoint import Checkpoint
-    from sfexport.engines.build_arguments import directory_name
     from sfexport.exporting.export import ExportOptions
     from sfexport.exporting.export import export as export_checkpoint
 

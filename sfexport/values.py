@@ -78,3 +78,8 @@ def as_output(value: Any) -> Path:
 def _path_text(path: str) -> str:
     """Show a path in a message; a very long one keeps both ends."""
     return f"'{printable(shortened(path))}'"
+
+
+def directory_name(path: Path) -> str:
+    """Return a directory's own name, also where the path is '.'."""
+    return path.resolve().name

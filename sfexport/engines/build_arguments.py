@@ -11,7 +11,7 @@ from sfexport.errors import InputError
 from sfexport.exporting.open_or_export import ExportRequest
 from sfexport.machines.machine import detect_machine
 from sfexport.machines.targets import find_target, match_machine
-from sfexport.values import as_output, as_path
+from sfexport.values import as_output, as_path, directory_name
 
 
 class Sizes(NamedTuple):
@@ -59,8 +59,3 @@ def export_request(
         return ExportRequest(precision, False, quantize, lm_head)
     target = options.target or match_machine(detect_machine())
     return ExportRequest(precision, True, quantize, lm_head, target.split_lm_head if target else 1)
-
-
-def directory_name(path: Path) -> str:
-    """Return a directory's own name, also where the path is '.'."""
-    return path.resolve().name

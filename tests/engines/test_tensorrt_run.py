@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from sfexport.errors import BundleError, InputError, SfexportError
 from sfexport.exporting.export import ExportOptions, export
 from sfexport.kernels.compile import compile_kernels
 from sfexport.kernels.store import StoredKernels, save_kernels
+from sfexport.machines.targets import find_target
 from sfexport.qa.pipeline import Pipeline
 
 pytest.importorskip("triton", reason="the plugin's kernel is written in Triton, which is not installed")
@@ -136,6 +138,11 @@ def test_a_decoder_that_cannot_be_split_is_refused(made, tmp_path, monkeypatch):
             build(bundle, tmp_path / "engines", "tensorrt", tensorrt=TensorRTOptions(split_decoder=5))
         with pytest.raises(InputError, match="--split-decoder"):
             TensorRTOptions(split_decoder=0)
+        small = TensorRTOptions(target=find_target("jetson-orin-nano-8"))
+        assert small.decoder_parts(bundle) == 4
+        # A target's own number is no demand.
+        few = replace(bundle.config, text=replace(bundle.config.text, num_layers=3))
+        assert small.decoder_parts(SimpleNamespace(config=few)) == 3
         shutil.copytree(bundle.path, tmp_path / "edited")
         edited = Bundle.open(tmp_path / "edited")
         model = onnx.load(edited.graph_file("decoder"), load_external_data=False)

@@ -65,14 +65,16 @@ class TensorRTOptions:
         if self.optimization_level is not None:
             whole_number(self.optimization_level, "--optimization-level", minimum=0, maximum=5)
 
-    def decoder_parts(self, target: Target | None = None) -> int:
-        """Return the number of engines that the decoder is split into.
+    def decoder_parts(self, bundle: Bundle, here: Target | None = None) -> int:
+        """Return the number of engines that a bundle's decoder is split into.
 
         Args:
-            target: this machine, where it is in the table: it decides where neither an option nor a target was given.
+            here: this machine, where it is in the table: it decides where neither an option nor a target was given.
         """
-        target = self.target or target
-        return self.split_decoder or (target.split_decoder if target else 1)
+        if self.split_decoder is not None:
+            return self.split_decoder
+        target = self.target or here
+        return min(target.split_decoder, bundle.config.text.num_layers) if target else 1
 
     def limits(self, bundle: Bundle) -> Limits:
         return self._limits(bundle.frames)
@@ -110,7 +112,7 @@ def build_tensorrt(
     timings = timing_cache_file(gpu.name, trt.__version__)
     tf32, allocator = bundle.precision != Precision.FP32, chunked_allocator(trt)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=tf32, allocator=allocator)
-    parts = options.decoder_parts(target=match_machine(machine))
+    parts = options.decoder_parts(bundle, match_machine(machine))
     for graph in engine_graphs(bundle, profiles, parts, on_step):
         on_step(f"building {graph.name} with TensorRT {trt.__version__} for {gpu.name}")
         source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"

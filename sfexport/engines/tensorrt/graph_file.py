@@ -101,7 +101,7 @@ def _decoder_part(bundle: Bundle, layers: range) -> onnx.ModelProto:
     if not _is_written_by(write, model):
         raise InputError(
             f"The decoder in {bundle.path} is not as this version of sfexport writes it, so it cannot be split.",
-            "Export again, or build without --split-decoder.",
+            "Export again, or build with --split-decoder 1.",
         )
     return ir.to_proto(write(for_tensorrt=True, layers=layers))
 

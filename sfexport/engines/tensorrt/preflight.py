@@ -90,7 +90,7 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     """
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
-    support, parts = support_for(target.tensorrt), options.decoder_parts()
+    support, parts = support_for(target.tensorrt), options.decoder_parts(bundle)
     memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt))
     kernel_checks, kernels = _check_kernels(bundle, target, options)
     checks = [

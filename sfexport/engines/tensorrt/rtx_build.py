@@ -63,7 +63,7 @@ def build_rtx(
 
     tf32 = bundle.precision != "fp32"
     build = BuildOptions(options.optimization_level, tf32=tf32, configure=configure if capabilities else None)
-    parts = options.decoder_parts()
+    parts = options.decoder_parts(bundle)
     for graph in engine_graphs(bundle, profiles, parts, on_step):
         on_step(f"building {graph.name} with TensorRT for RTX {trt.__version__}")
         source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"
