@@ -76,9 +76,10 @@ def _machine(machine: Machine, target: Target | None) -> DoctorCheck:
             return DoctorCheck("machine", seen, "any")
         fix = "This GPU is not in the table of targets: the checks below use general rules."
         return DoctorCheck("machine", seen, "a known target", WARNING, fix)
-    if here is None or here.name == target.name:
+    if here and here.name == target.name:
         return DoctorCheck("machine", seen, target.name)
-    fix = f"This machine is {here.name}. Engines are tuned for the machine they are built on: build on {target.name}."
+    name = here.name if here else f"not known as {target.name}"
+    fix = f"This machine is {name}. Engines are tuned for the machine they are built on: build on {target.name}."
     return DoctorCheck("machine", seen, target.name, WARNING, fix)
 
 

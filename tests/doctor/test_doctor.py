@@ -288,6 +288,15 @@ def test_engines_are_built_on_the_machine_they_are_for() -> None:
     assert sibling.can_build
 
 
+def test_a_machine_outside_the_table_is_not_taken_for_the_target() -> None:
+    laptop = report(LAPTOP, "jetson-orin-agx-64")
+    assert verdicts(laptop)["machine"] == "warning" and "not known as jetson-orin-agx-64" in fix(laptop, "machine")
+    assert "GPU" in laptop.missing and laptop.exit_code == 1
+    device = H100.libcuda.devices[0].__class__
+    smaller = H100.but(libcuda=FakeCuda(13000, (device("NVIDIA A100-PCIE-40GB", 8, 0, 108, 42_400_000_000),)))
+    assert verdicts(report(smaller, "a100"))["machine"] == "warning"
+
+
 def test_a_gpu_outside_the_table_is_judged_by_general_rules() -> None:
     device = H100.libcuda.devices[0].__class__
     found = report(H100.but(libcuda=FakeCuda(13000, (device("NVIDIA GeForce RTX 4080", 8, 9, 76, 17_171_000_000),))))
