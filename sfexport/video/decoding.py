@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from sfexport.errors import InputError, VideoError
 from sfexport.video.clip import Clip
 from sfexport.video.files import STANDARD_INPUT, VideoInfo, check_file, local_path, spool_standard_input
 from sfexport.video.folder import FrameFolder
-from sfexport.video.pictures import open_picture
+from sfexport.video.pictures import AnimatedPicture, open_picture
+from sfexport.video.sampling import check_seek_mode
 
 
 class FrameSource(Protocol):
@@ -73,22 +75,67 @@ class Video:
         """Number of frames decoded so far, including those that nobody asked for."""
         return self._source.frames_decoded
 
-    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    def nearest_keyframes(self, indices: Sequence[int]) -> list[int]:
+        """Return for each frame index the keyframe that is nearest in time, of two as near ones the earlier.
+
+        Of a clip whose frames have no times, the nearest by number. A keyframe that is the nearest one of several
+        frames is repeated.
+
+        Raises:
+            InputError: this is no video file: a picture, a folder of pictures, or frames in memory.
+            VideoError: the file does not tell which frames are keyframes, or an index is out of range.
+        """
+        self._check(indices)
+        if not isinstance(self._source, Clip) or self.info.is_picture:
+            raise InputError(
+                f"'{self.info.path}' has no keyframes to seek: it is a picture, a folder of pictures or frames in "
+                "memory, and not a video file.",
+                "Leave out --seek keyframe (in Python, seek='keyframe').",
+            )
+        return self._source.nearest_keyframes(indices)
+
+    def times(self, indices: Sequence[int]) -> list[float] | None:
+        """Return the times of frames, in seconds after the first one's; None: unknown.
+
+        They are the file's presentation times; where there are none, the frames' numbers by `info.fps`.
+        """
+        self._check(indices)
+        if isinstance(self._source, Clip):
+            return self._source.times(indices)
+        if isinstance(self._source, AnimatedPicture) or math.isnan(self.info.fps):
+            return None
+        return [index / self.info.fps for index in indices]
+
+    def frames(self, indices: Sequence[int], seek: str = "exact") -> Iterator[np.ndarray]:
         """Yield the frames of these indices: uint8 RGB [height, width, 3], upright, contiguous.
 
         An index is a position in presentation order, 0..frame_count-1. Non-decreasing indices are decoded in one
         pass, with jumps over frames that are not needed; a smaller index after a larger one costs a jump back. A
         repeated index yields the same array again: copy it before changing it.
 
+        Args:
+            seek: 'exact': the frames of these indices; 'keyframe': their nearest keyframes, each decoded without any
+                other frame. A keyframe that its decoder does not give alone is decoded from an earlier one.
+
         Raises:
+            InputError: as `nearest_keyframes`; or there is no such way of seeking.
             VideoError: an index is out of range (raised at once), or the clip is damaged or lists a frame that its
                 decoder does not give (raised when that frame is reached).
         """
+        check_seek_mode(seek)
+        self._check(indices)
+        source = self._source
+        if seek == "keyframe":
+            indices = self.nearest_keyframes(indices)
+            assert isinstance(source, Clip)
+            return (source.keyframe(int(index)) for index in indices)
+        return (source.frame(int(index)) for index in indices)
+
+    def _check(self, indices: Sequence[int]) -> None:
         count = self.info.frame_count
         for index in indices:
             if not 0 <= index < count:
                 raise VideoError(f"'{self.info.path}' has no frame {index}.", f"Its frames are 0 to {count - 1}.")
-        return (self._source.frame(int(index)) for index in indices)
 
     def close(self) -> None:
         """Close the file; no frame can be read after that."""
