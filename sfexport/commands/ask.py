@@ -44,6 +44,13 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
     help="Decode the sampled frames (exact), or their nearest keyframes and nothing else (keyframe: faster; video "
     "files only).",
 )
+@click.option(
+    "--decoder",
+    type=click.Choice(["pyav", "gstreamer"]),
+    default="pyav",
+    show_default=True,
+    help="What decodes a clip; gstreamer uses a board's hardware decoder if there is one, and needs python3-gi.",
+)
 @click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
 @click.option("--temperature", type=float, help="Sampling temperature; 0 is greedy.  [default: the checkpoint's]")
 @click.option(
@@ -71,6 +78,7 @@ def ask(
     frames: int | None,
     sampling: str,
     seek: str,
+    decoder: str,
     stop: tuple[str, ...],
     control_tokens: bool,
     batch: int | None,
@@ -88,7 +96,7 @@ def ask(
     options = options.override(stop_ids=options.stop_ids | stops)
     with console.frames_progress("encoding") as on_frames:
         session = pipeline.encode(
-            video, frames, sampling, questions, on_frames, control_tokens=control_tokens, seek=seek
+            video, frames, sampling, questions, on_frames, control_tokens=control_tokens, seek=seek, decoder=decoder
         )
     if seek == "keyframe" and session.frames_encoded < session.frames:
         console.status(f"Different keyframes: {session.frames_encoded}, for {session.frames} sampled frames.")
@@ -103,6 +111,7 @@ def ask(
                 "mode": mode or pipeline.bundle.config.slow_fast.decode_mode,
                 "frames": session.frames,
                 "seek": seek,
+                "decoder": decoder,
                 "frame_times": session.frame_times,
                 "fast_tokens": session.fast_tokens,
                 "slow_tokens": session.slow_tokens,

@@ -26,7 +26,7 @@ from sfexport.qa.prompt import ChatTokenizer
 from sfexport.qa.video_session import Stopwatch, VideoSession, check_question
 from sfexport.values import as_path, whole_number
 from sfexport.video.arrays import MemoryFrames
-from sfexport.video.decoding import Video
+from sfexport.video.decoding import Video, check_decoder
 from sfexport.video.preprocessing import preprocess
 from sfexport.video.sampling import check_seek_mode, sample_indices
 
@@ -91,6 +91,7 @@ class Pipeline:
         fps: float | None = None,
         control_tokens: bool = False,
         seek: str = "exact",
+        decoder: str = "pyav",
     ) -> VideoSession:
         """Encode a video (or a picture: one frame).
 
@@ -106,9 +107,9 @@ class Pipeline:
             on_frames: called with the number of frames encoded so far, and of all frames.
             fps: frames per second of frames in memory or in a folder, which 'eval' sampling needs to know.
             control_tokens: as in VideoSession.ask, for the check of `questions`.
-            seek: 'exact' decodes the frames that are sampled. 'keyframe' takes for each its nearest keyframe in time,
-                which may repeat one, and decodes keyframes only; it needs a video file. `session.frame_times` has the
-                times of the frames taken.
+            seek: 'exact' decodes the sampled frames; 'keyframe' takes the keyframe nearest in time to each, which may
+                repeat, and decodes keyframes only (video files only). `session.frame_times` has the times taken.
+            decoder: 'pyav', or 'gstreamer' (exact, clips only), which uses a board's hardware decoder if it has one.
 
         Raises:
             VideoError: the file cannot be read, or the object in memory is not frames of this kind.
@@ -117,7 +118,7 @@ class Pipeline:
         watch = Stopwatch()
         _check_is_list(questions)
         self.frame_count(frames)  # a wrong number is found before the file is opened
-        with open_video(video, fps) as opened:
+        with open_video(video, fps, decoder) as opened:
             unique, rows = self._sample(opened, frames, sampling, seek)
             times = opened.times(unique)
             for question in questions:
@@ -211,15 +212,16 @@ class Pipeline:
             yield pending.result()
 
 
-def open_video(video: Any, fps: float | None = None) -> Video:
+def open_video(video: Any, fps: float | None = None, decoder: str = "pyav") -> Video:
     """Open a path's file, or frames in memory (see `Pipeline.encode`).
 
     Raises:
         VideoError, InputError: as `Pipeline.encode`.
     """
     if not isinstance(video, (str, os.PathLike)):
+        check_decoder(decoder, "Frames in memory")
         return Video(MemoryFrames(video, fps))
-    return Video.open(video, fps)
+    return Video.open(video, fps, decoder)
 
 
 def _check_is_list(questions: object) -> None:

@@ -10,7 +10,14 @@ import av
 import numpy as np
 
 from sfexport.errors import VideoError
-from sfexport.video.containers import CONVERT_HINT, ONE_THREAD_CODECS, PICTURES, explained, times_are_usable
+from sfexport.video.containers import (
+    CONVERT_HINT,
+    ONE_THREAD_CODECS,
+    PICTURES,
+    explained,
+    times_are_usable,
+    video_streams,
+)
 from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost, stands_alone
 from sfexport.video.files import VideoInfo
 from sfexport.video.keyframes import KeyframeDecoder
@@ -66,6 +73,25 @@ class Clip:
         if self._keyframes is not None:
             self._keyframes.close()
         self._is_closed = True
+
+    @property
+    def is_timed(self) -> bool:
+        """True if the frames have times of their own."""
+        return self._timeline.is_timed
+
+    @property
+    def stream_count(self) -> int:
+        """Number of the file's video streams."""
+        return len(video_streams(self._decoder.container, self._path))
+
+    def first_frame(self) -> av.VideoFrame:
+        """Return the first frame as decoded, for its colour matrix and range; no other may have been read."""
+        return self._current()
+
+    def picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """Convert a frame of this clip to uint8 RGB [height, width, 3], upright."""
+        with explained(self._path):
+            return self._orientation.upright(self._rgb.convert(frame))
 
     def times(self, indices: Sequence[int]) -> list[float]:
         """Return the presentation times of frames, in seconds after the first one's."""

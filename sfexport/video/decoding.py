@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from sfexport.video.files import STANDARD_INPUT, VideoInfo, check_file, local_pa
 from sfexport.video.folder import FrameFolder
 from sfexport.video.pictures import AnimatedPicture, open_picture
 from sfexport.video.sampling import check_seek_mode
+
+DECODERS = ("pyav", "gstreamer")
 
 
 class FrameSource(Protocol):
@@ -31,6 +33,13 @@ class FrameSource(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class TimedSource(Protocol):
+    """A source that knows its frames' times."""
+
+    def times(self, indices: Sequence[int]) -> list[float]: ...
+
+
 class Video:
     """A clip, or a still picture as a clip of one frame; open it with `Video.open`, in a `with` statement.
 
@@ -42,29 +51,33 @@ class Video:
         self._source, self._spooled = source, spooled
 
     @classmethod
-    def open(cls, video: str | os.PathLike[str], fps: float | None = None) -> Video:
+    def open(cls, video: str | os.PathLike[str], fps: float | None = None, decoder: str = "pyav") -> Video:
         """Open a file, list its frames and decode the first one.
 
         Args:
             video: a path; a file:// URL; '-' for a file on standard input; a folder of pictures, which are its
                 frames in the order of their names (numbers by value).
             fps: frames per second, for a folder alone; None: unknown.
+            decoder: 'pyav' or, for clips, 'gstreamer', which uses a board's hardware decoder.
 
         Raises:
             VideoError: there is no such file, it holds no video, or the video cannot be decoded.
-            InputError: `fps` is given for a file, which has its own rate.
+            InputError: `fps` is given for a file, which has its own rate; or there is no such decoder, or not for this.
+            MissingDependency: GStreamer's Python bindings are not there.
         """
+        check_decoder(decoder)
         if os.fsdecode(video) == STANDARD_INPUT:
             spooled = spool_standard_input()
             try:
-                return cls(_open_file(spooled, Path(STANDARD_INPUT), fps), spooled)
+                return cls(_open_file(spooled, Path(STANDARD_INPUT), fps, decoder), spooled)
             except BaseException:
                 spooled.unlink(missing_ok=True)
                 raise
         path = local_path(video)
         if os.path.isdir(path):
+            check_decoder(decoder, f"'{path}'")
             return cls(FrameFolder(path, fps))
-        return cls(_open_file(path, path, fps))
+        return cls(_open_file(path, path, fps, decoder))
 
     @property
     def info(self) -> VideoInfo:
@@ -82,14 +95,14 @@ class Video:
         frames is repeated.
 
         Raises:
-            InputError: this is no video file: a picture, a folder of pictures, or frames in memory.
+            InputError: this is no video file that PyAV decodes: a picture, a folder of pictures, or frames in memory.
             VideoError: the file does not tell which frames are keyframes, or an index is out of range.
         """
         self._check(indices)
         if not isinstance(self._source, Clip) or self.info.is_picture:
             raise InputError(
                 f"'{self.info.path}' has no keyframes to seek: it is a picture, a folder of pictures or frames in "
-                "memory, and not a video file.",
+                "memory, and not a video file that PyAV decodes.",
                 "Leave out --seek keyframe (in Python, seek='keyframe').",
             )
         return self._source.nearest_keyframes(indices)
@@ -100,7 +113,7 @@ class Video:
         They are the file's presentation times; where there are none, the frames' numbers by `info.fps`.
         """
         self._check(indices)
-        if isinstance(self._source, Clip):
+        if isinstance(self._source, TimedSource):
             return self._source.times(indices)
         if isinstance(self._source, AnimatedPicture) or math.isnan(self.info.fps):
             return None
@@ -150,9 +163,27 @@ class Video:
         self.close()
 
 
-def _open_file(path: Path, shown: Path, fps: float | None) -> FrameSource:
+def check_decoder(decoder: str, no_clip: str = "") -> None:
+    """Raise InputError for a decoder that there is not, or that does not decode what is `no_clip`."""
+    if decoder not in DECODERS:
+        raise InputError(f"There is no decoder {decoder!r}.", f"Known ones: {', '.join(DECODERS)}.")
+    if no_clip and decoder != "pyav":
+        raise InputError(
+            f"{no_clip}: --decoder {decoder} is for clips, and not for pictures and frames in memory.",
+            f"Leave out --decoder (in Python, decoder={decoder!r}).",
+        )
+
+
+def _open_file(path: Path, shown: Path, fps: float | None, decoder: str) -> FrameSource:
     if fps is not None:
         raise InputError(f"'{shown}' has a rate of its own; fps is for frames without one.", "Leave fps out.")
     check_file(path)
     picture = open_picture(path, shown)
-    return Clip(path, picture, shown) if picture is None or isinstance(picture, str) else picture
+    if not (picture is None or isinstance(picture, str)):
+        check_decoder(decoder, f"'{shown}'")
+        return picture
+    if decoder == "gstreamer":
+        from sfexport.video.gstreamer import GStreamerClip
+
+        return GStreamerClip(path, picture, shown)
+    return Clip(path, picture, shown)
