@@ -205,6 +205,21 @@ def test_keyframes_are_taken_and_their_times_told(tree: Tree, tmp_path: Path) ->
     assert_says(refused.stderr, "picture.png", "no keyframes", "--seek keyframe")
 
 
+def test_gstreamer_and_onnxruntime_work_in_one_process(tree: Tree) -> None:
+    """GStreamer's libunwind made ONNX Runtime abort at its first C++ exception."""
+    pytest.importorskip("gi", reason="GStreamer's Python bindings are not installed")
+    command = [sys.executable, "-m", "sfexport", "ask", tree.engines, tree.clip, *TWO, "--json", "--max-new-tokens", 4]
+    runs = [
+        subprocess.run([*map(str, command), "--decoder", decoder], capture_output=True, text=True, check=False)
+        for decoder in ("gstreamer", "pyav")
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    by_gstreamer, by_pyav = (strict_json(run.stdout) for run in runs)
+    assert (by_gstreamer["decoder"], by_pyav["decoder"]) == ("gstreamer", "pyav")
+    assert by_gstreamer["frame_times"] == by_pyav["frame_times"]
+    assert [a["ids"] for a in by_gstreamer["questions"]] == [a["ids"] for a in by_pyav["questions"]]
+
+
 def test_clip_shorter_than_the_sample_is_encoded_once(tree: Tree) -> None:
     many = ask(tree, *TWO[:2], "--frames", 40, "--max-new-tokens", 1)
     assert many["frames"] == 40

@@ -99,10 +99,15 @@ class Video:
             VideoError: the file does not tell which frames are keyframes, or an index is out of range.
         """
         self._check(indices)
+        if isinstance(self._source, TimedSource) and not isinstance(self._source, Clip):
+            raise InputError(
+                f"'{self.info.path}': --seek keyframe is not for --decoder gstreamer, which decodes every frame.",
+                "Leave out one of the two.",
+            )
         if not isinstance(self._source, Clip) or self.info.is_picture:
             raise InputError(
                 f"'{self.info.path}' has no keyframes to seek: it is a picture, a folder of pictures or frames in "
-                "memory, and not a video file that PyAV decodes.",
+                "memory, and not a video file.",
                 "Leave out --seek keyframe (in Python, seek='keyframe').",
             )
         return self._source.nearest_keyframes(indices)

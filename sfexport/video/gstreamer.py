@@ -6,6 +6,8 @@ and when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import time
 from bisect import bisect_left
@@ -35,6 +37,10 @@ SKIP = 2  # GST_AUTOPLUG_SELECT_SKIP
 
 def load_gstreamer() -> Any:
     """Import and start GStreamer. Raises MissingDependency if that does not work."""
+    # GStreamer loads libunwind for the whole process. C++ libraries (ONNX Runtime) that then take `_Unwind_Resume` from
+    # it abort at their first exception: libgcc's must be found first.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1", mode=ctypes.RTLD_GLOBAL)
     try:
         import gi
 
