@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from conftest import Tree
@@ -182,6 +183,41 @@ def test_frames_and_sampling_are_taken(tree: Tree) -> None:
     # Two seconds at two frames per second.
     sampled = ask(tree, *TWO[:2], "--sampling", "eval", "--max-new-tokens", 1)
     assert sampled["frames"] == 4
+
+
+def test_keyframes_are_taken_and_their_times_told(tree: Tree, tmp_path: Path) -> None:
+    exact = ask(tree, *TWO[:2], "--frames", 4, "--max-new-tokens", 1)
+    keyframe = ask(tree, *TWO[:2], "--frames", 4, "--seek", "keyframe", "--max-new-tokens", 1)
+    assert (exact["seek"], keyframe["seek"], exact["decoder"]) == ("exact", "keyframe", "pyav")
+    assert exact["frames"] == len(exact["frame_times"]) == keyframe["frames"] == len(keyframe["frame_times"]) == 4
+    assert exact["frame_times"] == sorted(set(exact["frame_times"]))
+    with av.open(str(tree.clip)) as clip:
+        keys = [float(p.pts * p.time_base) for p in clip.demux(video=0) if p.size and p.is_keyframe]
+    nearest = [min(keys, key=lambda key: abs(key - time)) for time in exact["frame_times"]]
+    assert keyframe["frame_times"] == pytest.approx(nearest)
+    assert keyframe["questions"][0]["frames_encoded"] == len(set(nearest))
+    said = sfexport("ask", tree.engines, tree.clip, *TWO[:2], "--seek", "keyframe", "--max-new-tokens", 1)
+    assert_says(said.stderr, f"Different keyframes: {len(set(keys))}, for 16 sampled frames")
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(picture)
+    refused = sfexport("ask", tree.engines, picture, *TWO[:2], "--seek", "keyframe")
+    assert refused.exit_code == 2
+    assert_says(refused.stderr, "picture.png", "no keyframes", "--seek keyframe")
+
+
+def test_gstreamer_and_onnxruntime_work_in_one_process(tree: Tree) -> None:
+    """GStreamer's libunwind made ONNX Runtime abort at its first C++ exception."""
+    pytest.importorskip("gi", reason="GStreamer's Python bindings are not installed")
+    command = [sys.executable, "-m", "sfexport", "ask", tree.engines, tree.clip, *TWO, "--json", "--max-new-tokens", 4]
+    runs = [
+        subprocess.run([*map(str, command), "--decoder", decoder], capture_output=True, text=True, check=False)
+        for decoder in ("gstreamer", "pyav")
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    by_gstreamer, by_pyav = (strict_json(run.stdout) for run in runs)
+    assert (by_gstreamer["decoder"], by_pyav["decoder"]) == ("gstreamer", "pyav")
+    assert by_gstreamer["frame_times"] == by_pyav["frame_times"]
+    assert [a["ids"] for a in by_gstreamer["questions"]] == [a["ids"] for a in by_pyav["questions"]]
 
 
 def test_clip_shorter_than_the_sample_is_encoded_once(tree: Tree) -> None:

@@ -16,6 +16,7 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
 @with_examples(
     "sfexport ask ./engines clip.mp4 -q 'What happens in the video?'",
     "sfexport ask ./engines clip.mp4 -q 'Who is it?' -q 'Where?' --mode trained --json",
+    "sfexport ask ./engines clip.mp4 -q 'What happens?' --seek keyframe",
     "sfexport ask ./engines clip.mp4 -q 'Describe it.' --temperature 0.7 --top-p 0.9 --seed 1",
 )
 @click.command()
@@ -34,6 +35,21 @@ from sfexport.commands.common import DIRECTORY, MODES, json_option, with_example
     default="linspace",
     show_default=True,
     help="Frame sampling rule.",
+)
+@click.option(
+    "--seek",
+    type=click.Choice(["exact", "keyframe"]),
+    default="exact",
+    show_default=True,
+    help="Decode the sampled frames (exact), or their nearest keyframes and nothing else (keyframe: faster; video "
+    "files only).",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["pyav", "gstreamer"]),
+    default="pyav",
+    show_default=True,
+    help="What decodes a clip; gstreamer uses a board's hardware decoder if there is one, and needs python3-gi.",
 )
 @click.option("--max-new-tokens", type=int, help="Length limit of an answer.  [default: the checkpoint's, else 256]")
 @click.option("--temperature", type=float, help="Sampling temperature; 0 is greedy.  [default: the checkpoint's]")
@@ -61,6 +77,8 @@ def ask(
     mode: str | None,
     frames: int | None,
     sampling: str,
+    seek: str,
+    decoder: str,
     stop: tuple[str, ...],
     control_tokens: bool,
     batch: int | None,
@@ -77,7 +95,11 @@ def ask(
     stops = {pipeline.tokenizer.token_id(text) for text in stop}
     options = options.override(stop_ids=options.stop_ids | stops)
     with console.frames_progress("encoding") as on_frames:
-        session = pipeline.encode(video, frames, sampling, questions, on_frames, control_tokens=control_tokens)
+        session = pipeline.encode(
+            video, frames, sampling, questions, on_frames, control_tokens=control_tokens, seek=seek, decoder=decoder
+        )
+    if seek == "keyframe" and session.frames_encoded < session.frames:
+        console.status(f"Different keyframes: {session.frames_encoded}, for {session.frames} sampled frames.")
     with console.answers(questions, shown=not as_json) as on_text:
         answers = session.ask_many(questions, options, mode, on_text, control_tokens, batch=batch)
     if as_json:
@@ -88,6 +110,9 @@ def ask(
                 "backend": pipeline.backend.name,
                 "mode": mode or pipeline.bundle.config.slow_fast.decode_mode,
                 "frames": session.frames,
+                "seek": seek,
+                "decoder": decoder,
+                "frame_times": session.frame_times,
                 "fast_tokens": session.fast_tokens,
                 "slow_tokens": session.slow_tokens,
                 "questions": [asdict(answer) for answer in answers],

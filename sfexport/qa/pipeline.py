@@ -26,9 +26,9 @@ from sfexport.qa.prompt import ChatTokenizer
 from sfexport.qa.video_session import Stopwatch, VideoSession, check_question
 from sfexport.values import as_path, whole_number
 from sfexport.video.arrays import MemoryFrames
-from sfexport.video.decoding import Video
+from sfexport.video.decoding import Video, check_decoder
 from sfexport.video.preprocessing import preprocess
-from sfexport.video.sampling import sample_indices
+from sfexport.video.sampling import check_seek_mode, sample_indices
 
 OnFrames = Callable[[int, int], None]
 
@@ -65,16 +65,21 @@ class Pipeline:
         options.check_tokens(self.tokenizer.vocabulary_size)
         return options
 
-    def read_frames(self, video: Any, frames: int | None, sampling: str) -> tuple[np.ndarray, np.ndarray]:
+    def read_frames(
+        self, video: Any, frames: int | None, sampling: str, seek: str = "exact"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Read all sampled frames at once, for comparisons.
+
+        Args:
+            video, frames, sampling, seek: as in `encode`.
 
         Returns:
             Pixels of the distinct frames, float32 [n, 3, S, S], and each sampled frame's row among them.
         """
         self.frame_count(frames)
         with open_video(video) as opened:
-            unique, rows = self._sample(opened, frames, sampling)
-            return preprocess(list(opened.frames(unique)), self.bundle.image), rows
+            unique, rows = self._sample(opened, frames, sampling, seek)
+            return preprocess(list(opened.frames(unique, seek)), self.bundle.image), rows
 
     def encode(
         self,
@@ -85,6 +90,8 @@ class Pipeline:
         on_frames: OnFrames = lambda done, total: None,
         fps: float | None = None,
         control_tokens: bool = False,
+        seek: str = "exact",
+        decoder: str = "pyav",
     ) -> VideoSession:
         """Encode a video (or a picture: one frame).
 
@@ -100,30 +107,28 @@ class Pipeline:
             on_frames: called with the number of frames encoded so far, and of all frames.
             fps: frames per second of frames in memory or in a folder, which 'eval' sampling needs to know.
             control_tokens: as in VideoSession.ask, for the check of `questions`.
+            seek: 'exact' decodes the sampled frames; 'keyframe' takes the keyframe nearest in time to each, which may
+                repeat, and decodes keyframes only (video files only). `session.frame_times` has the times taken.
+            decoder: 'pyav', or 'gstreamer' (exact, clips only), which uses a board's hardware decoder if it has one.
 
         Raises:
             VideoError: the file cannot be read, or the object in memory is not frames of this kind.
             InputError: a question is empty or does not fit, or a number has no meaning.
         """
         watch = Stopwatch()
-        if isinstance(questions, (str, bytes)) or not isinstance(questions, Sequence):
-            raise InputError(f"questions is a list of questions, not {shown(questions)}.", "Pass [question].")
+        _check_is_list(questions)
         self.frame_count(frames)  # a wrong number is found before the file is opened
-        with open_video(video, fps) as opened:
-            unique, rows = self._sample(opened, frames, sampling)
+        with open_video(video, fps, decoder) as opened:
+            unique, rows = self._sample(opened, frames, sampling, seek)
+            times = opened.times(unique)
             for question in questions:
                 self.check_question(question, len(rows), control_tokens)
             with watch.stage("load"):
                 backend = self.backend
-            encoded = []
-            for pixels in _timed(self._pixel_chunks(opened, unique), watch):
-                with watch.stage("vision"):
-                    encoded.append(backend.encode_frames(pixels, single_image=len(rows) == 1))
-                on_frames(sum(map(len, encoded)), len(unique))
-        # A clip shorter than the sample repeats frames: each is encoded once.
-        slow_tokens = np.concatenate(encoded)[rows]
+            chunks = _timed(self._pixel_chunks(opened, unique, seek), watch)
+            encoded = _encode_chunks(backend, chunks, len(rows) == 1, lambda done: on_frames(done, len(unique)), watch)
         with watch.stage("compress"):
-            fast, slow = backend.compress(slow_tokens)
+            fast, slow = backend.compress(encoded[rows])  # frames may repeat: each is encoded once
         return VideoSession(
             backend,
             self.tokenizer,
@@ -132,6 +137,7 @@ class Pipeline:
             slow,
             defaults=self.generation_options,
             frames=len(rows),
+            frame_times=None if times is None else [times[row] for row in rows],
             frames_encoded=len(unique),
             watch=watch,
         )
@@ -143,8 +149,9 @@ class Pipeline:
         fast_tokens = fast_token_count(frames, cells, config.slow_fast.fast)
         check_question(question, self.tokenizer, fast_tokens, config.text, control_tokens)
 
-    def _sample(self, video: Video, frames: int | None, sampling: str) -> tuple[list[int], np.ndarray]:
+    def _sample(self, video: Video, frames: int | None, sampling: str, seek: str) -> tuple[list[int], np.ndarray]:
         """Choose frames: return the distinct indices, and each sampled frame's place among them."""
+        check_seek_mode(seek)
         count = self.frame_count(frames)
         info = video.info
         if sampling == "eval" and math.isnan(info.fps):
@@ -153,6 +160,8 @@ class Pipeline:
         count = 1 if info.is_picture else count
         indices = sample_indices(sampling, info.frame_count, info.fps, count)
         self.check_frames(len(indices))
+        if seek == "keyframe":
+            indices = video.nearest_keyframes(indices)
         unique, rows = np.unique(indices, return_inverse=True)
         return unique.tolist(), rows
 
@@ -186,9 +195,9 @@ class Pipeline:
                 "Use fewer frames (--frames).",
             )
 
-    def _pixel_chunks(self, video: Video, indices: list[int]) -> Iterator[np.ndarray]:
+    def _pixel_chunks(self, video: Video, indices: list[int], seek: str) -> Iterator[np.ndarray]:
         """Yield preprocessed chunks; the next one is read while the caller works on the last."""
-        frames = video.frames(indices)
+        frames = video.frames(indices, seek)
 
         def read(count: int) -> np.ndarray:
             return preprocess([next(frames) for _ in range(count)], self.bundle.image)
@@ -203,15 +212,37 @@ class Pipeline:
             yield pending.result()
 
 
-def open_video(video: Any, fps: float | None = None) -> Video:
+def open_video(video: Any, fps: float | None = None, decoder: str = "pyav") -> Video:
     """Open a path's file, or frames in memory (see `Pipeline.encode`).
 
     Raises:
         VideoError, InputError: as `Pipeline.encode`.
     """
     if not isinstance(video, (str, os.PathLike)):
+        check_decoder(decoder, "Frames in memory")
         return Video(MemoryFrames(video, fps))
-    return Video.open(video, fps)
+    return Video.open(video, fps, decoder)
+
+
+def _check_is_list(questions: object) -> None:
+    if isinstance(questions, (str, bytes)) or not isinstance(questions, Sequence):
+        raise InputError(f"questions is a list of questions, not {shown(questions)}.", "Pass [question].")
+
+
+def _encode_chunks(
+    backend: Backend,
+    chunks: Iterator[np.ndarray],
+    single_image: bool,
+    on_encoded: Callable[[int], None],
+    watch: Stopwatch,
+) -> np.ndarray:
+    """Encode chunks of frames to slow tokens, and charge the time to the 'vision' stage."""
+    encoded: list[np.ndarray] = []
+    for pixels in chunks:
+        with watch.stage("vision"):
+            encoded.append(backend.encode_frames(pixels, single_image=single_image))
+        on_encoded(sum(map(len, encoded)))
+    return np.concatenate(encoded)
 
 
 def _timed(chunks: Iterator[np.ndarray], watch: Stopwatch) -> Iterator[np.ndarray]:

@@ -106,6 +106,8 @@ class VideoSession:
 
     Attributes:
         frames: number of frames sampled from the video.
+        frames_encoded: number of different frames among them, which went through the vision encoder.
+        frame_times: times of these frames in seconds after the clip's first one, ascending; None: unknown.
         fast_tokens: number of fast tokens.
         slow_tokens: number of slow tokens.
     """
@@ -120,6 +122,7 @@ class VideoSession:
         *,
         defaults: Callable[[], GenerationOptions] = GenerationOptions,
         frames: int = 0,
+        frame_times: list[float] | None = None,
         frames_encoded: int = 0,
         watch: Stopwatch | None = None,
     ) -> None:
@@ -130,12 +133,14 @@ class VideoSession:
             slow: slow K/V of the hybrid layers; None for a model without a slow branch.
             defaults: returns the options for questions that are asked without any.
             frames: number of frames sampled from the video.
+            frame_times: see the attribute.
             frames_encoded: number of them that went through the vision encoder.
             watch: seconds spent on the video so far.
         """
         watch = watch or Stopwatch()
         self._backend, self._tokenizer, self._embedding = backend, tokenizer, embedding
         self._attends, self._slow, self._defaults = backend.config.slow_fast.attends, slow, defaults
+        self.frame_times, self.frames_encoded = frame_times, frames_encoded
         self.frames, self.fast_tokens, self.slow_tokens = frames, len(fast), slow.length if slow else 0
         with watch.stage("prefix"):
             self._prefix = self._prefill_prefix(fast)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -10,10 +10,19 @@ import av
 import numpy as np
 
 from sfexport.errors import VideoError
-from sfexport.video.containers import CONVERT_HINT, ONE_THREAD_CODECS, PICTURES, explained, times_are_usable
+from sfexport.video.containers import (
+    CONVERT_HINT,
+    ONE_THREAD_CODECS,
+    PICTURES,
+    explained,
+    times_are_usable,
+    video_streams,
+)
 from sfexport.video.decoder import REPAIR_HINT, Decoded, Decoder, Lost, stands_alone
 from sfexport.video.files import VideoInfo
+from sfexport.video.keyframes import KeyframeDecoder
 from sfexport.video.rgb import RgbConverter, stored_orientation
+from sfexport.video.sampling import nearest_keyframes
 from sfexport.video.timeline import PacketInfo, SeekPoint, Timeline
 
 # Frames decoded on opening, to check that they come in the order of their times and one per packet.
@@ -40,6 +49,8 @@ class Clip:
         self._jumped_to: SeekPoint | None
         self._path = shown or path
         self._rgb = RgbConverter(self._path)
+        self._keyframes: KeyframeDecoder | None = None
+        self._keyframe: tuple[int, np.ndarray] | None = None  # the latest one and its index
         with explained(self._path):
             self._decoder = Decoder(path, shape, self._path)
         self._is_closed = False
@@ -55,11 +66,65 @@ class Clip:
 
     @property
     def frames_decoded(self) -> int:
-        return self._decoder.frames_decoded
+        return self._decoder.frames_decoded + (self._keyframes.frames_decoded if self._keyframes else 0)
 
     def close(self) -> None:
         self._decoder.close()
+        if self._keyframes is not None:
+            self._keyframes.close()
         self._is_closed = True
+
+    @property
+    def is_timed(self) -> bool:
+        """True if the frames have times of their own."""
+        return self._timeline.is_timed
+
+    @property
+    def stream_count(self) -> int:
+        """Number of the file's video streams."""
+        return len(video_streams(self._decoder.container, self._path))
+
+    def first_frame(self) -> av.VideoFrame:
+        """Return the first frame as decoded, for its colour matrix and range; no other may have been read."""
+        return self._current()
+
+    def picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """Convert a frame of this clip to uint8 RGB [height, width, 3], upright."""
+        with explained(self._path):
+            return self._orientation.upright(self._rgb.convert(frame))
+
+    def times(self, indices: Sequence[int]) -> list[float]:
+        """Return the presentation times of frames, in seconds after the first one's."""
+        timeline, time_base = self._timeline, self._decoder.stream.time_base
+        if not timeline.is_timed or time_base is None:
+            return [index / self.info.fps for index in indices]
+        return [float(int(timeline.stamps[index] - timeline.stamps[0]) * time_base) for index in indices]
+
+    def nearest_keyframes(self, indices: Sequence[int]) -> list[int]:
+        """Return for each frame index the nearest keyframe (see `sampling.nearest_keyframes`).
+
+        Raises:
+            VideoError: the file does not tell which frames are keyframes.
+        """
+        keyframes, stamps = self._timeline.keyframes, self._timeline.stamps
+        if not len(keyframes):
+            raise VideoError(
+                f"'{self._path}' does not tell which of its frames are keyframes.", "Read it with --seek exact."
+            )
+        return nearest_keyframes(indices, keyframes, stamps)
+
+    def keyframe(self, index: int) -> np.ndarray:
+        """Return a keyframe as `frame` does, decoded without any other frame if that is possible."""
+        if self._is_closed or index == self._at:
+            return self.frame(index)
+        if self._keyframe is None or self._keyframe[0] != index:
+            with explained(self._path):
+                if self._keyframes is None:
+                    self._keyframes = KeyframeDecoder(self._decoder)
+                frame = self._keyframes.frame(index, self._timeline)
+                pixels = None if frame is None else self._orientation.upright(self._rgb.convert(frame))
+            self._keyframe = (index, self.frame(index) if pixels is None else pixels)
+        return self._keyframe[1]
 
     def frame(self, index: int) -> np.ndarray:
         """Return the frame at this position in presentation order, uint8 RGB [height, width, 3]."""

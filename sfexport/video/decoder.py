@@ -74,6 +74,26 @@ class Decoder:
         """Decode with one thread, starting with the next pass from the beginning."""
         self._has_threads = False
 
+    def single_threaded_copy(self) -> Decoder:
+        """Open the same stream of the same file once more, to be decoded by one thread."""
+        copy = Decoder(self._file, self._shape, self._path)
+        copy._stream_index, copy._has_threads = self.stream.index, False
+        copy.rewind()
+        return copy
+
+    def decode_alone(self, ordinal: int, packet: av.Packet) -> list[av.VideoFrame]:
+        """Decode one packet without any other, and forget it.
+
+        Raises:
+            av.error.FFmpegError: the packet is damaged.
+        """
+        codec = self.stream.codec_context
+        codec.flush_buffers()
+        try:
+            return [*self._decode(ordinal, packet), *self._decode(None, None)]
+        finally:
+            codec.flush_buffers()
+
     def rewind(self) -> None:
         """Go back to the beginning by opening the file anew, which works with and without times."""
         self.container.close()
@@ -151,7 +171,7 @@ class Decoder:
     def _each_frame_from(self, point: SeekPoint, timeline: Timeline) -> Iterator[Decoded]:
         """Yield the frames from a seek point on. Raises Lost, or av.error.FFmpegError for a damaged packet."""
         highest = point.ordinal - 1
-        for ordinal, packet in chain(self._landed(point, timeline), ((None, None),)):
+        for ordinal, packet in chain(self.landed(point, timeline), ((None, None),)):
             frames = self._decode(ordinal, packet)
             highest = self._check_last(highest, packet, frames)
             for frame in frames:
@@ -182,7 +202,7 @@ class Decoder:
         self.frames_decoded += len(frames)
         return frames
 
-    def _landed(self, point: SeekPoint, timeline: Timeline) -> Iterator[tuple[int, av.Packet]]:
+    def landed(self, point: SeekPoint, timeline: Timeline) -> Iterator[tuple[int, av.Packet]]:
         """Yield (ordinal, packet) from the seek point on, each recognised by its content."""
         # Some containers seek presentation times and some decoding times, and land after the point if given the other.
         for time in sorted({point.pts, point.dts}, reverse=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from sfexport.errors import InputError
 
 SAMPLING_RULES = ("linspace", "eval")
+SEEK_MODES = ("exact", "keyframe")
 
 
 def sample_indices(rule: str, total: int, fps: float, count: int) -> list[int]:
@@ -63,6 +65,29 @@ def eval_indices(total: int, fps: float, count: int, target_fps: float = 2.0) ->
     # Spelled as in the reference: round() goes to the even neighbour, so the order of operations shows.
     scale = 1.0 * len(candidates) / count
     return [candidates[round((i + 1) * scale - 1)] for i in range(count)]
+
+
+def nearest_keyframes(indices: Sequence[int], keyframes: np.ndarray, stamps: np.ndarray) -> list[int]:
+    """Return for each frame index the keyframe nearest in time, of two as near ones the earlier.
+
+    A keyframe is repeated if it is the nearest one of several frames.
+
+    Args:
+        indices: frame indices.
+        keyframes: int64 [k]: indices of the keyframes, ascending, at least one.
+        stamps: the frames' presentation times, increasing.
+    """
+    times, wanted = stamps[keyframes], stamps[np.asarray(indices, np.int64)]
+    after = np.clip(np.searchsorted(times, wanted), 0, len(keyframes) - 1)
+    before = np.maximum(after - 1, 0)
+    nearest: list[int] = keyframes[np.where(wanted - times[before] <= times[after] - wanted, before, after)].tolist()
+    return nearest
+
+
+def check_seek_mode(seek: str) -> None:
+    """Raise InputError for a way of seeking that there is not."""
+    if seek not in SEEK_MODES:
+        raise InputError(f"There is no way of seeking {seek!r}.", f"Known ones: {', '.join(SEEK_MODES)}.")
 
 
 def _check_counts(total: int, count: int) -> None:

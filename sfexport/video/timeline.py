@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Timeline:
         seek_points: int64 [k, 4], ascending: the fields of each SeekPoint.
         is_timed: True if stamps are times.
         last_duration: duration of the last frame, in the time base; 0 if unknown.
+        keyframes: int64 [k], ascending: the frames that key packets make, without those flagged as damaged.
     """
 
     order: np.ndarray
@@ -77,6 +78,7 @@ class Timeline:
     has_places: bool = False
     is_timed: bool = False
     last_duration: int = 0
+    keyframes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @classmethod
     def from_packets(cls, packets: Iterable[PacketInfo], trust_times: bool = True) -> Timeline | None:
@@ -98,7 +100,9 @@ class Timeline:
         last = packets[order[-1]].duration if len(order) else 0
         identities, has_places = _identities(packets)
         points = _seek_points(packets, identities, order)
-        return cls(order, _frames(order, len(packets)), stamps, identities, points, has_places, True, last)
+        frames = _frames(order, len(packets))
+        keyframes = _keyframes(packets, frames)
+        return cls(order, frames, stamps, identities, points, has_places, True, last, keyframes)
 
     @classmethod
     def from_decoding(cls, packets: Sequence[PacketInfo], ordinals: Sequence[int | None]) -> Timeline:
@@ -109,15 +113,18 @@ class Timeline:
         identities, has_places = _identities(packets)
         points = _seek_points(packets, identities, order if is_clear else order[:0])
         frames = _frames(order, len(packets)) if is_clear else order[:0]
-        return cls(order, frames, np.arange(len(order), dtype=np.int64), identities, points, has_places)
+        stamps = np.arange(len(order), dtype=np.int64)
+        keyframes = _keyframes(packets, frames)
+        return cls(order, frames, stamps, identities, points, has_places, keyframes=keyframes)
 
     def starting_at(self, frame: int) -> Timeline:
         """Return this timeline without the frames before this one, which the decoder never gives."""
         if not frame:
             return self
         points = self.seek_points[self.seek_points[:, 3] >= frame] - [0, 0, 0, frame]
-        frames = np.maximum(self.frames - frame, -1)
-        return replace(self, order=self.order[frame:], stamps=self.stamps[frame:], frames=frames, seek_points=points)
+        frames, keyframes = np.maximum(self.frames - frame, -1), self.keyframes[self.keyframes >= frame] - frame
+        order, stamps = self.order[frame:], self.stamps[frame:]
+        return replace(self, order=order, stamps=stamps, frames=frames, seek_points=points, keyframes=keyframes)
 
     def number(self, ordinal: int | None, counted: int) -> int:
         """Return the index of the frame that a packet makes, or -1.
@@ -163,6 +170,12 @@ def _frames(order: np.ndarray, packets: int) -> np.ndarray:
     frames = np.full(packets, -1, np.int64)
     frames[order] = np.arange(len(order))
     return frames
+
+
+def _keyframes(packets: Sequence[PacketInfo], frames: np.ndarray) -> np.ndarray:
+    """List the frames of key packets; none where packets do not tell frames apart."""
+    keys = [i for i, p in enumerate(packets[: len(frames)]) if p.is_key and not p.is_corrupt and frames[i] >= 0]
+    return np.sort(frames[keys])
 
 
 def identity(place: int | None, content: int, has_places: bool) -> int:
