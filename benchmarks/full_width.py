@@ -51,6 +51,7 @@ class Piece:
 PIECES = {
     "decoder-bf16": Piece(2, "decoder", ("--precision", "bf16")),
     "decoder-fp16": Piece(2, "decoder", ("--precision", "fp16")),
+    "decoder-fp32": Piece(2, "decoder", ("--precision", "fp32")),
     "decoder-int4-bf16": Piece(2, "decoder", ("--precision", "bf16", "--quantize", "int4")),
     "decoder-int4-fp16": Piece(2, "decoder", ("--precision", "fp16", "--quantize", "int4")),
     "decoder-bf16-without-cross-attention": Piece(2, "decoder", ("--precision", "bf16"), plugin=True),
@@ -90,7 +91,8 @@ def build(directory: str, graph: str, out: str, plugin: str) -> dict[str, Any]:
 
     trt, bundle = library(), Bundle.open(Path(directory))
     profiles = resolve_profiles(bundle, Limits(FRAMES))
-    estimate = next(g for g in estimate_memory(bundle, profiles, mapped_weights=True).graphs if g.name == graph)
+    memory = estimate_memory(bundle, profiles, mapped_weights=True, plugin=plugin == "True")
+    estimate = next(g for g in memory.graphs if g.name == graph)
     model = onnx.load(bundle.graph_file(graph), load_external_data=False)
     if plugin == "True":
         leave_out_cross_attention(model)
