@@ -32,8 +32,8 @@ TEXT_KEY_VALUES = ("prefix_key_values.", "past_key_values.", "new_key_values.")
 MEASURED_WITH = "TensorRT for RTX 1.7"  # what the figures below were measured with; they are assumed for TensorRT
 # Bytes of an engine and of memory on the host per byte of weights: those of the builder and of the serialised engine
 # are there at once, and more where the builder folds casts or packs integers. Bytes per weight byte, measured: engines
-# 1.003 to 1.031 (1.20 in fp32, which stores the head twice); memory 2.03 with the graph's own type, 2.68 with fp16 cast
-# from bf16, 2.76 in INT4.
+# 1.003 to 1.031 (1.20 in fp32, which stores the head twice); memory 2.03 with the graph's own type (the tower 2.1),
+# 2.68 with fp16 cast from bf16, 2.76 in INT4.
 ENGINE_PER_WEIGHT = 1.03
 HOST_COPIES, HOST_COPIES_CONVERTED = 2.05, 2.8
 # Not measured: the parser's copy, unless it reads the mapped file, and the builder's on the GPU.
