@@ -1,7 +1,8 @@
 """Estimate the memory of building and running engines from the graphs.
 
-Activations are the most bytes alive at once if every node's output were kept until its last use; an engine that fuses
-nodes needs less.
+Computed from the graph: weights, K/V, and the most bytes alive at once if every node's output were kept until its last
+use. Measured with the builder of TensorRT for RTX 1.7, and assumed for TensorRT: what an engine's activations take
+of the computed ones, and how often weights are in memory while an engine is built (docs/benchmarks/full_width.md).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 
 from sfexport.artifacts.bundle import Bundle
+from sfexport.checkpoint.vision_tower import ConvNextTower, tower_from_sizes
 from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
 from sfexport.errors import SfexportError
@@ -26,18 +29,53 @@ from sfexport.printable import sizes_text
 RUNTIME_OVERHEAD = 600 << 20
 # A session's text K/V: the video's prefix, each row's own positions, and those of the step being made.
 TEXT_KEY_VALUES = ("prefix_key_values.", "past_key_values.", "new_key_values.")
-# Copies of a graph's weights while it is built. On the host the parser's, unless it reads the mapped file, and the
-# serialised engine; on the GPU the builder's.
-HOST_COPIES, HOST_COPIES_MAPPED, DEVICE_COPIES = 2, 1, 1
+MEASURED_WITH = "TensorRT for RTX 1.7"  # what the figures below were measured with; they are assumed for TensorRT
+# Bytes of an engine and of memory on the host per byte of weights: those of the builder and of the serialised engine
+# are there at once, and more where the builder folds casts or packs integers. Bytes per weight byte, measured: engines
+# 1.003 to 1.031 (1.20 in fp32, which stores the head twice); memory 2.03 with the graph's own type (the tower 2.1),
+# 2.68 with fp16 cast from bf16, 2.76 in INT4.
+ENGINE_PER_WEIGHT = 1.03
+HOST_COPIES, HOST_COPIES_CONVERTED = 2.05, 2.8
+# Not measured: the parser's copy, unless it reads the mapped file, and the builder's on the GPU.
+PARSER_COPIES, DEVICE_COPIES = 1, 1
+# Bytes of an engine's activations per computed one. Measured at 64 frames: the decoder 1.17 without and 1.23 with the
+# plain nodes of cross-attention, ConvNeXt-XXL 0.28, the compressor 0.64. Not measured, so 1: the other towers.
+ACTIVATIONS = {"vision_encoder": 0.3, "compressor": 0.65, "decoder": 1.25}
 
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes of one graph's weights (in its own type or as integers) and activations (at the largest shapes)."""
+    """Bytes of one graph, at the largest shapes.
+
+    Attributes:
+        weights: in the graph's own type or as integers.
+        activations: computed from the graph.
+        stored: bytes of the weights in their files.
+        dequantized: 8-bit matrices in the graph's own type, which an engine writes out beside its activations.
+        per_computed: bytes of an engine's activations per computed one.
+        converted: most weights are stored in another type than the graph's, or as integers.
+    """
 
     name: str
     weights: int
     activations: int
+    stored: int
+    dequantized: int = 0
+    per_computed: float = 1.0
+    converted: bool = False
+
+    @property
+    def engine_activations(self) -> int:
+        return round(self.per_computed * self.activations) + self.dequantized
+
+    @property
+    def engine(self) -> int:
+        return round(ENGINE_PER_WEIGHT * self.weights)
+
+    def host(self, mapped_weights: bool) -> int:
+        """Return the bytes of the host's memory while this graph is built."""
+        copies = HOST_COPIES_CONVERTED if self.converted else HOST_COPIES
+        return round(copies * self.weights) + (0 if mapped_weights else PARSER_COPIES * self.stored)
 
 
 @dataclass(frozen=True)
@@ -65,17 +103,40 @@ class MemoryEstimate:
         return self.build_device + self.build_host
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return plain values, with the source of every figure."""
+        added = {g.name: {"engine_activations": g.engine_activations, "engine": g.engine} for g in self.graphs}
+        document = asdict(self)
+        graphs = [graph | added[graph["name"]] for graph in document["graphs"]]
+        return document | {"graphs": graphs, "sources": memory_sources()}
 
 
-def estimate_memory(bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool) -> MemoryEstimate:
+def memory_sources() -> dict[str, str]:
+    """Return how each kind of figure was found."""
+    measured = f"computed, times a ratio measured with the builder of {MEASURED_WITH} (not TensorRT)"
+    return {
+        "weights": "computed",
+        "activations": "computed",
+        "text_key_values": "computed",
+        "slow_key_values": "computed",
+        "engine": measured,
+        "engine_activations": f"{measured}; a vision tower other than ConvNeXt: computed",
+        "run": "computed, with engine_activations",
+        "build_device": "computed, with engine_activations; one copy of the weights is assumed",
+        "build_host": f"{measured}; without mapped weights one copy more, assumed",
+    }
+
+
+def estimate_memory(
+    bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool, plugin: bool = True
+) -> MemoryEstimate:
     """Estimate the memory of building and running a bundle's engines.
 
     Args:
         mapped_weights: the parser reads weights where they lie in the file (TensorRT 10.13 and later).
+        plugin: cross-attention is the plugin's, not of plain nodes.
     """
     width = Precision(bundle.precision).nbytes
-    graphs = tuple(_graph_memory(bundle, name, profiles[name], width) for name in profiles)
+    graphs = tuple(_graph_memory(bundle, name, profiles[name], width, plugin) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
     text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith(TEXT_KEY_VALUES)) * width
     slow = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
@@ -90,18 +151,29 @@ def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: 
         slow: bytes of slow K/V.
         mapped_weights: as in estimate_memory.
     """
-    weights, largest = sum(g.weights for g in graphs), max(g.activations for g in graphs)
+    weights, largest = sum(g.weights for g in graphs), max(g.engine_activations for g in graphs)
     run = weights + largest + text + slow + RUNTIME_OVERHEAD
-    host = (HOST_COPIES_MAPPED if mapped_weights else HOST_COPIES) * max(g.weights for g in graphs)
-    device = max(DEVICE_COPIES * g.weights + g.activations for g in graphs) + RUNTIME_OVERHEAD
+    host = max(g.host(mapped_weights) for g in graphs)
+    device = max(DEVICE_COPIES * g.weights + g.engine_activations for g in graphs) + RUNTIME_OVERHEAD
     return MemoryEstimate(tuple(graphs), text, slow, run, device, host)
 
 
-def _graph_memory(bundle: Bundle, name: str, profiles: Sequence[Profile], width: int) -> GraphMemory:
+def _graph_memory(
+    bundle: Bundle, name: str, profiles: Sequence[Profile], width: int, plugin: bool = True
+) -> GraphMemory:
     model = onnx.load(bundle.graph_file(name), load_external_data=False)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     weights = sum(math.prod(t.dims) * _stored_bits(t.data_type, 8 * width) // 8 for t in external)
-    return GraphMemory(name, weights, max(_activations(model, profile) for profile in profiles))
+    stored = sum(math.prod(t.dims) * from_onnx(t.data_type).bits // 8 for t in external)
+    dequantized = width * sum(math.prod(t.dims) for t in external if from_onnx(t.data_type).bits == 8)
+    own = onnx.TensorProto.DataType.Value(Precision(bundle.precision).dtype.onnx)
+    kept = sum(math.prod(t.dims) * width for t in external if t.data_type == own)
+    if not plugin and model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    tower = tower_from_sizes(bundle.content["model"]["tower"])
+    per_computed = ACTIVATIONS[name] if name != "vision_encoder" or isinstance(tower, ConvNextTower) else 1.0
+    activations = max(_activations(model, profile) for profile in profiles)
+    return GraphMemory(name, weights, activations, stored, dequantized, per_computed, converted=2 * kept < weights)
 
 
 def _activations(model: onnx.ModelProto, profile: Profile) -> int:

@@ -40,14 +40,19 @@ _MEMORY_PATTERN = 1.2
 _HOST_COPIES = 3  # of pixels and slow tokens: as read, as prepared, as passed to ONNX Runtime
 
 
-def with_weights(estimate: MemoryEstimate, weights: Mapping[str, int], mapped_weights: bool) -> MemoryEstimate:
-    """Estimate memory for the same graphs with other weights.
+def with_quantized(
+    estimate: MemoryEstimate, weights: Mapping[str, int], head: int, mapped_weights: bool
+) -> MemoryEstimate:
+    """Estimate memory for the same graphs with a quantised decoder.
 
     Args:
         weights: bytes by part.
+        head: bytes of the head's matrix in the graph's type if it is stored in 8 bits, else 0.
         mapped_weights: TensorRT's parser reads weights from the mapped file (TensorRT 10.13 and later).
     """
-    graphs = tuple(replace(g, weights=_graph_weights(g.name, weights)) for g in estimate.graphs)
+    held = {g.name: _graph_weights(g.name, weights) for g in estimate.graphs}
+    graphs = [replace(g, weights=held[g.name], stored=held[g.name]) for g in estimate.graphs]
+    graphs = [replace(g, dequantized=head, converted=True) if g.name == "decoder" else g for g in graphs]
     return sum_up(graphs, estimate.text_key_values, estimate.slow_key_values, mapped_weights)
 
 

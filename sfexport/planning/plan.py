@@ -14,7 +14,7 @@ from typing import Any
 from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config_fields import MAX_FRAMES
-from sfexport.engines.memory import MemoryEstimate, estimate_memory, physical_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory, memory_sources, physical_memory
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt.build import memory_needs
 from sfexport.errors import InputError
@@ -32,8 +32,8 @@ from sfexport.planning.flops import (
     vision_flops,
     weight_bytes,
 )
-from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_weights
-from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed
+from sfexport.planning.memory import CPU_STORAGES, cpu_memory, cpu_weight_bytes, with_quantized
+from sfexport.planning.speed import Efficiency, Speed, efficiency_on, estimate_speed, speed_sources
 from sfexport.values import whole_number
 from sfexport.versions import maps_weights
 
@@ -121,19 +121,23 @@ def _target_json(target: TargetPlan) -> dict[str, Any]:
         "target": target.name,
         "jetpack": target.jetpack,
         "memory": target.memory,
-        "efficiency": asdict(target.efficiency) if target.efficiency else None,
+        "efficiency": target.efficiency.shares() if target.efficiency else None,
+        "sources": None if target.efficiency is None else memory_sources() | speed_sources(target.efficiency),
         "precisions": [_figures_json(figures) for figures in target.figures],
     }
 
 
 def _figures_json(figures: Figures) -> dict[str, Any]:
     memory, speed = figures.memory, figures.speed
+    on_gpu = speed is not None
     return {
         "precision": figures.storage.name,
         "weights": figures.weights,
         "text_key_values": memory.text_key_values,
         "slow_key_values": memory.slow_key_values,
         "activations": {g.name: g.activations for g in memory.graphs},
+        "engine_activations": {g.name: g.engine_activations for g in memory.graphs} if on_gpu else None,
+        "engines": {g.name: g.engine for g in memory.graphs} if on_gpu else None,
         "build_peak": {"device": memory.build_device, "host": memory.build_host},
         "run_peak": memory.run,
         "builds": figures.builds,
@@ -245,7 +249,9 @@ class _MemoryEstimates:
         if (width, mapped) not in self._known:
             self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
         found = self._known[width, mapped]
-        return with_weights(found, weights, mapped) if storage.quantised else found
+        text = self._bundles[width].config.text
+        head = text.vocab_size * text.hidden_size * width if storage.head_bits == 8 else 0
+        return with_quantized(found, weights, head, mapped) if storage.quantised else found
 
 
 def _on_target(checkpoint: Checkpoint, memory: _MemoryEstimates, lengths: Lengths, target: Target) -> TargetPlan:

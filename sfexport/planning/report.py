@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from sfexport import console
+from sfexport.engines.memory import MEASURED_WITH
 from sfexport.planning.plan import CPU, SYSTEM_BYTES, Figures, Plan, TargetPlan
 
 GB, MB = 1e9, 1e6
@@ -53,15 +54,19 @@ def _rows(target: TargetPlan, unit: float) -> Iterator[tuple[str, ...]]:
         yield sizes(name, [f.weights[part] for f in found])
     yield sizes("text K/V, all sets", [f.memory.text_key_values for f in found])
     yield sizes("slow K/V", [f.memory.slow_key_values for f in found])
-    yield sizes("activations", [max(g.activations for g in f.memory.graphs) for f in found])
+    if target.name == CPU:
+        yield sizes("activations", [max(g.activations for g in f.memory.graphs) for f in found])
+    else:
+        yield sizes("activations *", [max(g.engine_activations for g in f.memory.graphs) for f in found])
+        yield sizes("engine files *", [sum(g.engine for g in f.memory.graphs) for f in found])
     yield sizes("answering, peak", [f.memory.run for f in found])
     if target.name == CPU:
         yield sizes("loading, peak", [f.memory.build for f in found])
     elif target.jetpack:
-        yield sizes("building, peak", [f.memory.build for f in found])
+        yield sizes("building, peak *", [f.memory.build for f in found])
     else:
         yield sizes("building, GPU", [f.memory.build_device for f in found])
-        yield sizes("building, host", [f.memory.build_host for f in found])
+        yield sizes("building, host *", [f.memory.build_host for f in found])
     yield ("fits", *(_fits(f) for f in found))
     speeds = [f.speed for f in found if f.speed is not None]
     if speeds:
@@ -124,20 +129,25 @@ def notes(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"Memory: for at most {limits.question_tokens} tokens of text in a prompt and {limits.new_tokens} of an "
-        "answer; every node's output is kept until its last use. Fits 'answers': the engines run, but must be built "
-        "with swap or on a larger board of the same kind."
+        "answer. Fits 'answers': the engines run, but must be built with swap or on a larger board of the same kind."
+    )
+    yield (
+        f"Measured: the ratios of engines, their activations and the host's copies of weights (rows with *) to what is "
+        f"computed from the graphs, with the builder of {MEASURED_WITH}, not TensorRT; an engine is in memory twice "
+        "while it is serialised. All else about memory is computed."
     )
     yield (
         "First answer: vision, slow K/V and prefill, without reading the video. '-': the table of targets has no fp32 "
-        "rate. tokens/s is a range: others measured its lower end with plain ONNX graphs, its upper end with "
-        "runtimes that have their own kernels. Launches and small kernels, which limit a fast GPU, are not counted."
+        "rate. tokens/s is a range: others measured its lower end with a plain ONNX graph on an Orin Nano, its upper "
+        "end with runtimes that have their own kernels. Launches and small kernels, which limit a fast GPU, are not "
+        "counted."
     )
     for efficiency in dict.fromkeys(target.efficiency for target in plan.targets if target.efficiency is not None):
         names = [t.name for t in plan.targets if t.efficiency == efficiency]
         where = "" if len(plan.targets) == 1 else f" on {', '.join(names)}"
         yield (
             f"Assumed{where}: decoding at {efficiency.plain_bandwidth:.0%} of the bandwidth (plain ONNX graphs, such "
-            f"as sfexport's) to {efficiency.bandwidth:.0%} (runtimes with their own kernels); prefill at "
+            f"as sfexport's) to {efficiency.bandwidth:.0%} ({efficiency.source}); prefill at "
             f"{efficiency.prefill:.0%} ({efficiency.prefill_int4:.0%} with int4) and vision at {efficiency.vision:.0%} "
             "of the fp16 rate."
         )

@@ -6,7 +6,7 @@ Nothing is measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sfexport.checkpoint.config import DecodeMode, ModelConfig
 from sfexport.checkpoint.vision_tower import Tower
@@ -32,30 +32,53 @@ class Efficiency:
         prefill: of the fp16 rate, in prefill with 16-bit weights.
         prefill_int4: of the fp16 rate, in prefill with int4 weights.
         vision: of the fp16 rate, in vision tower and projector.
-        plain_bandwidth: of the memory bandwidth, by a plain ONNX graph that appends to its K/V by Concat, as
-            sfexport's do.
+        plain_bandwidth: of the memory bandwidth, by a plain ONNX graph, which sfexport's are too.
+        source: where `bandwidth`, `prefill` and `vision` come from.
     """
 
     bandwidth: float
     prefill: float
     prefill_int4: float
     vision: float
-    plain_bandwidth: float = 0.27  # published measurement of a 0.5 B model in fp16 on an Orin Nano, TensorRT 10.3
+    source: str
+    # Measured by others: a 0.5 B model in fp16 on an Orin Nano, TensorRT 10.3; its K/V are appended to by Concat.
+    plain_bandwidth: float = 0.27
+
+    def shares(self) -> dict[str, float]:
+        """Return the fractions by name."""
+        return {name: value for name, value in asdict(self).items() if name != "source"}
 
 
 # From published measurements of models of 7 to 8 B parameters (TensorRT-Edge-LLM 0.9: Qwen3-8B and Qwen3-VL-8B on AGX
 # Orin, Orin NX and AGX Thor; TinyChat: Llama models on AGX Orin). A target without a published figure has the
 # AGX Orin's. Thor's fp16 prefill is assumed to attain what its fp16 vision does.
+_EDGE_LLM = "TensorRT-Edge-LLM 0.9 with its own kernels, published for "
+_PLAIN = "plain ONNX graph in TensorRT 10.3, published for a 0.5 B model in fp16 on Orin Nano"
 _PUBLISHED = {
-    "jetson-orin-nx": Efficiency(bandwidth=0.90, prefill=0.45, prefill_int4=0.45, vision=0.47),
-    "jetson-thor": Efficiency(bandwidth=0.87, prefill=0.28, prefill_int4=0.12, vision=0.28),
+    "jetson-orin-nx": Efficiency(
+        bandwidth=0.90, prefill=0.45, prefill_int4=0.45, vision=0.47, source=_EDGE_LLM + "Orin NX"
+    ),
+    "jetson-thor": Efficiency(
+        bandwidth=0.87, prefill=0.28, prefill_int4=0.12, vision=0.28, source=_EDGE_LLM + "AGX Thor"
+    ),
 }
-_AGX_ORIN = Efficiency(bandwidth=0.77, prefill=0.45, prefill_int4=0.43, vision=0.47)
+_AGX_ORIN = Efficiency(
+    bandwidth=0.77, prefill=0.45, prefill_int4=0.43, vision=0.47, source=f"TinyChat and {_EDGE_LLM}AGX Orin"
+)
 
 
 def efficiency_on(target: Target) -> Efficiency:
     """Choose the efficiency assumed on a target: its board's published one, else the AGX Orin's."""
     return next((e for name, e in _PUBLISHED.items() if target.name.startswith(name)), _AGX_ORIN)
+
+
+def speed_sources(efficiency: Efficiency) -> dict[str, str]:
+    """Return where both ends of the range of decode speeds, and the seconds, come from."""
+    return {
+        "tokens_per_second": f"computed at {efficiency.bandwidth:.0%} of the bandwidth: {efficiency.source}",
+        "plain_tokens_per_second": f"computed at {efficiency.plain_bandwidth:.0%} of the bandwidth: {_PLAIN}",
+        "seconds": f"computed with the efficiency of: {efficiency.source}",
+    }
 
 
 @dataclass(frozen=True)

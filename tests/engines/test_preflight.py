@@ -67,6 +67,12 @@ def test_the_7b_model_passes_on_every_target(target, jetpack, tensorrt, sparse_7
     weights = sum(g["weights"] for g in report["memory"]["graphs"])
     assert 15.8e9 < weights < 16.0e9  # 7.95 B parameters without the embedding, two bytes each
     assert len(report["kernels"]) == 2
+    source = next(line for line in report["checks"] if line["checked"] == "source of the estimates")
+    assert "TensorRT for RTX 1.7, not TensorRT" in source["found"] and source["passed"] is None
+    assert "measured" in report["memory"]["sources"]["engine"]
+    for graph in report["memory"]["graphs"]:
+        assert 0 < graph["engine_activations"] < 1.3 * graph["activations"]
+        assert graph["engine"] >= graph["weights"]
 
 
 def test_too_small_a_board_is_a_gap(sparse_7b):

@@ -14,7 +14,7 @@ from typing import Any
 from sfexport.artifacts.atomic import new_directory
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
-from sfexport.engines.memory import MemoryEstimate, estimate_memory
+from sfexport.engines.memory import MEASURED_WITH, MemoryEstimate, estimate_memory
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
 from sfexport.engines.tensorrt.graph_file import EngineGraph, engine_graphs
@@ -91,8 +91,8 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     limits = options.limits(bundle)
     profiles = resolve_profiles(bundle, limits)
     support, parts = support_for(target.tensorrt), options.decoder_parts(bundle)
-    memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt))
     kernel_checks, kernels = _check_kernels(bundle, target, options)
+    memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt), plugin=bool(kernels))
     checks = [
         _check_precision(bundle, target),
         *_check_graphs(bundle, target, support, engine_graphs(bundle, profiles, parts), plugin=bool(kernels)),
@@ -191,6 +191,12 @@ def _check_profiles(profiles: dict[str, list[Profile]]) -> Iterator[PreflightChe
 
 def _check_memory(memory: MemoryEstimate, target: Target) -> Iterator[PreflightCheck]:
     device, host = target.memory_gb, target.memory_gb if target.shared_memory else None
+    engines = sum(graph.engine for graph in memory.graphs) / 1e9
+    found = (
+        f"engines about {engines:.1f} GB; their size, activations and the host's copies of weights: ratios measured "
+        f"with {MEASURED_WITH}, not TensorRT; weights and K/V: computed"
+    )
+    yield PreflightCheck("memory", "source of the estimates", found, None)
     for what, needs, has in memory_needs(memory, target.shared_memory, device, host):
         if has is None:
             yield PreflightCheck(

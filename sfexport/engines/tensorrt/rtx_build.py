@@ -14,7 +14,7 @@ import onnx
 import onnx.inliner
 
 from sfexport.artifacts.bundle import Bundle
-from sfexport.engines.memory import estimate_memory, physical_memory
+from sfexport.engines.memory import MEASURED_WITH, estimate_memory, physical_memory
 from sfexport.engines.profiles import Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
@@ -26,10 +26,10 @@ from sfexport.machines.targets import Target
 from sfexport.printable import sizes_text
 from sfexport.progress import OnProgress, OnStep
 
-# Peak memory of a build: per byte of the graph's weights, and beside them. Measured with TensorRT for RTX 1.7.1 on a
-# decoder of two layers at the 7 B model's width: 1.16 GB of weights take 3.71 GB in bf16 and 4.22 GB in fp16, 0.36 GB
-# of INT4 weights 1.46 GB.
-HOST_COPIES, HOST_BASE = 3.2, 500_000_000
+# Peak resident memory of a build: per byte of the graph's weights, and beside them. Measured with TensorRT for RTX
+# 1.7.1 on two and four decoder layers at the 7 B model's width and the whole tower (docs/benchmarks/full_width.md):
+# 3.03 in the graph's own type, 3.68 with weights of another one, 3.77 in INT4; of these one is the mapped file.
+HOST_COPIES, HOST_COPIES_CONVERTED, HOST_BASE = 3.1, 3.8, 400_000_000
 
 
 def build_rtx(
@@ -102,12 +102,19 @@ def _capability(target: Target) -> str:
     return f"SM{target.sm}"
 
 
+def build_memory(bundle: Bundle, profiles: dict[str, list[Profile]]) -> int:
+    """Estimate the peak resident memory of building the bundle's largest graph."""
+    graphs = estimate_memory(bundle, profiles, mapped_weights=True, plugin=False).graphs
+    copies = (g.weights * (HOST_COPIES_CONVERTED if g.converted else HOST_COPIES) for g in graphs)
+    return round(max(copies)) + HOST_BASE
+
+
 def _check_memory(bundle: Bundle, profiles: dict[str, list[Profile]]) -> None:
-    largest = max(graph.weights for graph in estimate_memory(bundle, profiles, mapped_weights=True).graphs)
-    needed, available = round(HOST_COPIES * largest) + HOST_BASE, physical_memory()
+    needed, available = build_memory(bundle, profiles), physical_memory()
     if available is not None and needed > available:
         needs, has = sizes_text(needed, available)
         raise SfexportError(
-            f"Building takes about {needs} (estimated); this machine has {has} of memory.",
+            f"Building takes about {needs} (estimated from builds with {MEASURED_WITH}); this machine has {has} of "
+            "memory.",
             "Export with --quantize int4, use a machine with more, or --force (with swap, for instance).",
         )
