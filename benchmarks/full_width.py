@@ -87,13 +87,14 @@ def build(directory: str, graph: str, out: str, plugin: str) -> dict[str, Any]:
     from sfexport.engines.memory import estimate_memory
     from sfexport.engines.profiles import Limits, resolve_profiles
     from sfexport.engines.tensorrt import builder
+    from sfexport.engines.tensorrt.graph_file import tensorrt_graph
     from sfexport.engines.tensorrt.rtx_library import library
 
     trt, bundle = library(), Bundle.open(Path(directory))
     profiles = resolve_profiles(bundle, Limits(FRAMES))
     memory = estimate_memory(bundle, profiles, mapped_weights=True, plugin=plugin == "True")
     estimate = next(g for g in memory.graphs if g.name == graph)
-    model = onnx.load(bundle.graph_file(graph), load_external_data=False)
+    model = tensorrt_graph(bundle, graph)
     if plugin == "True":
         leave_out_cross_attention(model)
     model = onnx.inliner.inline_local_functions(model)

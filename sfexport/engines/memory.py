@@ -21,6 +21,7 @@ from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.vision_tower import ConvNextTower, tower_from_sizes
 from sfexport.dtypes import Precision, from_onnx
 from sfexport.engines.profiles import Profile
+from sfexport.engines.tensorrt.graph_file import tensorrt_graph
 from sfexport.errors import SfexportError
 from sfexport.graphs.initializers import external_to_inputs
 from sfexport.printable import sizes_text
@@ -51,7 +52,6 @@ class GraphMemory:
         weights: in the graph's own type or as integers.
         activations: computed from the graph.
         stored: bytes of the weights in their files.
-        dequantized: 8-bit matrices in the graph's own type, which an engine writes out beside its activations.
         per_computed: bytes of an engine's activations per computed one.
         converted: most weights are stored in another type than the graph's, or as integers.
     """
@@ -60,13 +60,12 @@ class GraphMemory:
     weights: int
     activations: int
     stored: int
-    dequantized: int = 0
     per_computed: float = 1.0
     converted: bool = False
 
     @property
     def engine_activations(self) -> int:
-        return round(self.per_computed * self.activations) + self.dequantized
+        return round(self.per_computed * self.activations)
 
     @property
     def engine(self) -> int:
@@ -127,16 +126,22 @@ def memory_sources() -> dict[str, str]:
 
 
 def estimate_memory(
-    bundle: Bundle, profiles: Mapping[str, Sequence[Profile]], mapped_weights: bool, plugin: bool = True
+    bundle: Bundle,
+    profiles: Mapping[str, Sequence[Profile]],
+    mapped_weights: bool,
+    plugin: bool = True,
+    for_tensorrt: bool = True,
 ) -> MemoryEstimate:
     """Estimate the memory of building and running a bundle's engines.
 
     Args:
         mapped_weights: the parser reads weights where they lie in the file (TensorRT 10.13 and later).
         plugin: cross-attention is the plugin's, not of plain nodes.
+        for_tensorrt: the graphs are those that TensorRT builds from; False: the bundle's own.
     """
+    models = {name: _load(bundle, name, plugin, for_tensorrt) for name in profiles}
+    graphs = tuple(_graph_memory(bundle, name, model, profiles[name]) for name, model in models.items())
     width = Precision(bundle.precision).nbytes
-    graphs = tuple(_graph_memory(bundle, name, profiles[name], width, plugin) for name in profiles)
     decoder = {t.name: t for t in profiles["decoder"][-1].tensors}
     text = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith(TEXT_KEY_VALUES)) * width
     slow = sum(math.prod(t.max) for n, t in decoder.items() if n.startswith("slow_key_values.")) * width
@@ -158,27 +163,33 @@ def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: 
     return MemoryEstimate(tuple(graphs), text, slow, run, device, host)
 
 
-def _graph_memory(
-    bundle: Bundle, name: str, profiles: Sequence[Profile], width: int, plugin: bool = True
-) -> GraphMemory:
-    model = onnx.load(bundle.graph_file(name), load_external_data=False)
+def _load(bundle: Bundle, name: str, plugin: bool, for_tensorrt: bool) -> onnx.ModelProto:
+    if not for_tensorrt:
+        return onnx.load(bundle.graph_file(name), load_external_data=False)
+    model = tensorrt_graph(bundle, name)
+    return model if plugin or not model.functions else onnx.inliner.inline_local_functions(model)
+
+
+def _graph_memory(bundle: Bundle, name: str, model: onnx.ModelProto, profiles: Sequence[Profile]) -> GraphMemory:
+    width = Precision(bundle.precision).nbytes
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     weights = sum(math.prod(t.dims) * _stored_bits(t.data_type, 8 * width) // 8 for t in external)
     stored = sum(math.prod(t.dims) * from_onnx(t.data_type).bits // 8 for t in external)
-    dequantized = width * sum(math.prod(t.dims) for t in external if from_onnx(t.data_type).bits == 8)
     own = onnx.TensorProto.DataType.Value(Precision(bundle.precision).dtype.onnx)
     kept = sum(math.prod(t.dims) * width for t in external if t.data_type == own)
-    if not plugin and model.functions:
-        model = onnx.inliner.inline_local_functions(model)
     tower = tower_from_sizes(bundle.content["model"]["tower"])
     per_computed = ACTIVATIONS[name] if name != "vision_encoder" or isinstance(tower, ConvNextTower) else 1.0
     activations = max(_activations(model, profile) for profile in profiles)
-    return GraphMemory(name, weights, activations, stored, dequantized, per_computed, converted=2 * kept < weights)
+    return GraphMemory(name, weights, activations, stored, per_computed, converted=2 * kept < weights)
 
 
 def _activations(model: onnx.ModelProto, profile: Profile) -> int:
-    """Compute the largest number of bytes alive at once, with every tensor at its largest shape."""
-    sizes = _sizes(model, profile)
+    """Compute the largest number of bytes alive at once, with every tensor at its largest shape.
+
+    What is between the two products of a fused attention is never in memory.
+    """
+    fused = _fused_values(model)
+    sizes = {name: size for name, size in _sizes(model, profile).items() if name not in fused}
     last_use: dict[str, int] = {}
     for i, node in enumerate(model.graph.node):
         last_use |= dict.fromkeys(node.input, i)
@@ -192,6 +203,25 @@ def _activations(model: onnx.ModelProto, profile: Profile) -> int:
         peak = max(peak, alive)
         alive -= sum(sizes.get(name, 0) for name in ends.get(i, ()) if name not in outputs)
     return peak
+
+
+def _fused_values(model: onnx.ModelProto) -> set[str]:
+    """Name the scores and probabilities of attention in the form that TensorRT makes one kernel of."""
+    by_output = {name: node for node in model.graph.node for name in node.output}
+    readers = {name: node for node in model.graph.node for name in node.input}
+    fused = set()
+    for node in model.graph.node:
+        if node.op_type != "Softmax":
+            continue
+        chain = [node]
+        while chain[-1].op_type in ("Softmax", "Add", "Mul", "Cast") and chain[-1].input[0] in by_output:
+            chain.append(by_output[chain[-1].input[0]])
+        after = [node]
+        while after[-1].op_type in ("Softmax", "Cast", "CastLike") and after[-1].output[0] in readers:
+            after.append(readers[after[-1].output[0]])
+        if chain[-1].op_type == after[-1].op_type == "MatMul" and len(after) > 2:
+            fused |= {name for inner in (*chain, *after[:-1]) for name in inner.output}
+    return fused
 
 
 def _sizes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:

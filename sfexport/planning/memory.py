@@ -40,19 +40,16 @@ _MEMORY_PATTERN = 1.2
 _HOST_COPIES = 3  # of pixels and slow tokens: as read, as prepared, as passed to ONNX Runtime
 
 
-def with_quantized(
-    estimate: MemoryEstimate, weights: Mapping[str, int], head: int, mapped_weights: bool
-) -> MemoryEstimate:
+def with_quantized(estimate: MemoryEstimate, weights: Mapping[str, int], mapped_weights: bool) -> MemoryEstimate:
     """Estimate memory for the same graphs with a quantised decoder.
 
     Args:
         weights: bytes by part.
-        head: bytes of the head's matrix in the graph's type if it is stored in 8 bits, else 0.
         mapped_weights: TensorRT's parser reads weights from the mapped file (TensorRT 10.13 and later).
     """
     held = {g.name: _graph_weights(g.name, weights) for g in estimate.graphs}
     graphs = [replace(g, weights=held[g.name], stored=held[g.name]) for g in estimate.graphs]
-    graphs = [replace(g, dequantized=head, converted=True) if g.name == "decoder" else g for g in graphs]
+    graphs = [replace(g, converted=True) if g.name == "decoder" else g for g in graphs]
     return sum_up(graphs, estimate.text_key_values, estimate.slow_key_values, mapped_weights)
 
 
@@ -80,7 +77,7 @@ def cpu_memory(
         profiles: the bundle's, for these frames and the longest question and answer.
     """
     weights = cpu_weight_bytes(checkpoint, storage)
-    estimate = estimate_memory(bundle, _with_opt_shapes(profiles), mapped_weights=True)
+    estimate = estimate_memory(bundle, _with_opt_shapes(profiles), mapped_weights=True, for_tensorrt=False)
     graphs = tuple(replace(g, weights=_graph_weights(g.name, weights)) for g in estimate.graphs)
     held = sum(g.weights for g in graphs)
     held += min(_RETAINED, round(_RETAINED_SHARE * held)) + _PROCESS

@@ -249,9 +249,7 @@ class _MemoryEstimates:
         if (width, mapped) not in self._known:
             self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
         found = self._known[width, mapped]
-        text = self._bundles[width].config.text
-        head = text.vocab_size * text.hidden_size * width if storage.head_bits == 8 else 0
-        return with_quantized(found, weights, head, mapped) if storage.quantised else found
+        return with_quantized(found, weights, mapped) if storage.quantised else found
 
 
 def _on_target(checkpoint: Checkpoint, memory: _MemoryEstimates, lengths: Lengths, target: Target) -> TargetPlan:
