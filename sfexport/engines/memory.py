@@ -282,6 +282,8 @@ def _with_shapes(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
     out.CopyFrom(model)
     largest = {t.name: t.max for t in profile.tensors}
     for value in (*out.graph.input, *out.graph.output):
+        if value.name not in largest:  # what the form for TensorRT returns besides: a number or two per row
+            continue
         for dim, size in zip(value.type.tensor_type.shape.dim, largest[value.name], strict=True):
             dim.Clear()
             dim.dim_value = size
