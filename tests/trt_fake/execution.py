@@ -56,6 +56,7 @@ class HostExecution:
         used = execution.inputs | execution.outputs
         for name, bound in used.items():
             assert self._driver.holds(bound.address, _size(bound)), f"memory of {name} is not allocated"
+            assert self._driver.offset(bound.address) % 256 == 0, f"the address of {name} is not aligned"
         for name in execution.outputs:
             for other in used:
                 assert name == other or not _overlap(used[name], used[other]), f"{name} lies over {other}"

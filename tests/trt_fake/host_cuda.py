@@ -110,6 +110,13 @@ class HostDriver:
         blocks = ((start, ctypes.sizeof(block)) for start, block in self._memory.items())
         return any(start <= address and address + size <= start + length for start, length in blocks)
 
+    def offset(self, address: int) -> int:
+        """Where an address is in its allocation, whose own is aligned on a GPU."""
+        for start, block in self._memory.items():
+            if start <= address < start + ctypes.sizeof(block):
+                return address - start
+        raise AssertionError(f"{address} is not allocated")
+
     def cuInit(self, flags: int) -> tuple[int]:
         return (OK,)
 

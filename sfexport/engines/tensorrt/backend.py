@@ -8,7 +8,6 @@ does not grow with questions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from sfexport.checkpoint.config import ModelConfig
 from sfexport.engines.interface import Backend, Cache, DecoderStep, KeyValues, Logits, compressor_feeds, decoder_feeds
 from sfexport.engines.profiles import DECODE, PREFILL
 from sfexport.engines.tensorrt.allocator import chunked_allocator
-from sfexport.engines.tensorrt.buffers import DeviceTensor, OwnedBuffer, Pool
+from sfexport.engines.tensorrt.buffers import DeviceTensor, OwnedBuffer, Pool, block_stride, lay_out
 from sfexport.engines.tensorrt.cuda import Place, Stream
 from sfexport.engines.tensorrt.engine import Engine, MakeContext
 from sfexport.engines.tensorrt.library import make_logger
@@ -213,14 +212,14 @@ class TensorRTBackend(Backend):
     ) -> None:
         """Enqueue one copy of the first `count` positions of a row of all K and V to position `at` of another row.
 
-        The tensors of each side lie one behind the other, as key_values makes them.
+        The tensors of each side are of one block, as lay_out places them.
         """
         _, heads, _, width = to[0].shape
         size = width * to[0].dtype.itemsize
 
         def place(first: DeviceTensor, row: int, at: int) -> Place:
-            rows, pitch = first.shape[0], first.shape[2] * size
-            return Place(first.pointer + row * heads * pitch + at * size, pitch, rows * heads)
+            pitch = first.shape[2] * size
+            return Place(first.pointer + row * heads * pitch + at * size, pitch, block_stride(first) // pitch)
 
         target, origin = place(to[0], row, at), place(source[0], source_row, 0)
         self._stream.copy_pieces(target, origin, count * size, heads, len(to))
@@ -230,23 +229,22 @@ class TensorRTBackend(Backend):
 
     def from_numpy(self, arrays: list[np.ndarray]) -> KeyValues:
         hosts = [np.ascontiguousarray(a.astype(self._kv_type)) for a in arrays]
-        buffer, size = OwnedBuffer(sum(host.nbytes for host in hosts)), hosts[0].nbytes
-        tensors = [DeviceTensor(buffer.pointer + i * size, h.shape, self._kv_type, buffer) for i, h in enumerate(hosts)]
+        one = DeviceTensor(0, hosts[0].shape, self._kv_type, None)
+        buffer = OwnedBuffer(block_stride(one) * len(hosts))
+        tensors = lay_out(one, buffer.pointer, len(hosts), buffer)
         for tensor, host in zip(tensors, hosts, strict=True):
             self._stream.to_device(tensor.pointer, host)
         self._stream.synchronize()
-        return KeyValues(tuple(tensors), arrays[0].shape[2])
+        return KeyValues(tensors, arrays[0].shape[2])
 
     def key_values(self, rows: int, length: int) -> tuple[DeviceTensor, ...]:
         """Make K/V for `length` positions of some rows, in one buffer of a pool, with contents left over."""
         tensor = self._key_value(rows, length)
         # Pools have few sizes: with room for a power of two of positions.
-        size = self._key_value(rows, max(16, 1 << (length - 1).bit_length())).size * len(self._past_names)
+        count, room = len(self._past_names), self._key_value(rows, max(16, 1 << (length - 1).bit_length()))
+        size = max(block_stride(tensor), block_stride(room)) * count
         lease = self._pools.setdefault(size, Pool(size)).lend()
-        start = lease.buffer.pointer
-        return tuple(
-            replace(tensor, pointer=start + i * tensor.size, owner=lease) for i in range(len(self._past_names))
-        )
+        return lay_out(tensor, lease.buffer.pointer, count, lease)
 
     def _key_value(self, rows: int, length: int) -> DeviceTensor:
         text = self.config.text

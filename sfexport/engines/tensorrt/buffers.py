@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,25 @@ class DeviceTensor:
     def size(self) -> int:
         """Number of bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+ALIGNMENT = 256  # bytes; of every address that TensorRT gets
+
+
+def block_stride(tensor: DeviceTensor) -> int:
+    """Return the bytes from one K or V [rows, heads, length, width] of a block to the next.
+
+    Each begins at an aligned address, and after a whole number of pieces [length, width], so that one copy reaches all.
+    """
+    piece = math.prod(tensor.shape[2:]) * tensor.dtype.itemsize
+    unit = math.lcm(max(piece, 1), ALIGNMENT)
+    return -(-tensor.size // unit) * unit
+
+
+def lay_out(tensor: DeviceTensor, start: int, count: int, owner: Any) -> tuple[DeviceTensor, ...]:
+    """Place `count` tensors like `tensor` one behind the other."""
+    stride = block_stride(tensor)
+    return tuple(replace(tensor, pointer=start + i * stride, owner=owner) for i in range(count))
 
 
 class OwnedBuffer(Buffer):
