@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,9 @@ ENGINE_PER_WEIGHT = 1.03
 HOST_COPIES, HOST_COPIES_CONVERTED = 2.05, 2.8
 # Not measured: the parser's copy, unless it reads the mapped file, and the builder's on the GPU.
 PARSER_COPIES, DEVICE_COPIES = 1, 1
-# Bytes of an engine's activations per computed one. Measured at 64 frames: the decoder 1.17 without and 1.23 with the
+# Bytes of an engine's activations per computed one. Measured at 64 frames: the decoder 1.27 without and 1.32 with the
 # plain nodes of cross-attention, ConvNeXt-XXL 0.28, the compressor 0.64. Not measured, so 1: the other towers.
-ACTIVATIONS = {"vision_encoder": 0.3, "compressor": 0.65, "decoder": 1.25}
+ACTIVATIONS = {"vision_encoder": 0.3, "compressor": 0.65, "decoder": 1.35}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class GraphMemory:
         stored: bytes of the weights in their files.
         per_computed: bytes of an engine's activations per computed one.
         converted: most weights are stored in another type than the graph's, or as integers.
+        parts: engines of about as many weights that it is built as, one after the other.
     """
 
     name: str
@@ -62,6 +63,7 @@ class GraphMemory:
     stored: int
     per_computed: float = 1.0
     converted: bool = False
+    parts: int = 1
 
     @property
     def engine_activations(self) -> int:
@@ -74,7 +76,12 @@ class GraphMemory:
     def host(self, mapped_weights: bool) -> int:
         """Return the bytes of the host's memory while this graph is built."""
         copies = HOST_COPIES_CONVERTED if self.converted else HOST_COPIES
-        return round(copies * self.weights) + (0 if mapped_weights else PARSER_COPIES * self.stored)
+        return round((copies * self.weights + (0 if mapped_weights else PARSER_COPIES * self.stored)) / self.parts)
+
+    @property
+    def device(self) -> int:
+        """Bytes of the GPU's memory while this graph is built."""
+        return round(DEVICE_COPIES * self.weights / self.parts) + self.engine_activations
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,12 @@ def estimate_memory(
     return sum_up(graphs, text, slow, mapped_weights)
 
 
+def with_decoder_parts(estimate: MemoryEstimate, parts: int, mapped_weights: bool) -> MemoryEstimate:
+    """Return the estimate for a decoder that is built as several engines."""
+    graphs = [replace(g, parts=parts) if g.name == "decoder" else g for g in estimate.graphs]
+    return sum_up(graphs, estimate.text_key_values, estimate.slow_key_values, mapped_weights)
+
+
 def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: bool) -> MemoryEstimate:
     """Add up the memory of graphs and K/V.
 
@@ -159,7 +172,7 @@ def sum_up(graphs: Sequence[GraphMemory], text: int, slow: int, mapped_weights: 
     weights, largest = sum(g.weights for g in graphs), max(g.engine_activations for g in graphs)
     run = weights + largest + text + slow + RUNTIME_OVERHEAD
     host = max(g.host(mapped_weights) for g in graphs)
-    device = max(DEVICE_COPIES * g.weights + g.engine_activations for g in graphs) + RUNTIME_OVERHEAD
+    device = max(g.device for g in graphs) + RUNTIME_OVERHEAD
     return MemoryEstimate(tuple(graphs), text, slow, run, device, host)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config_fields import MAX_FRAMES
-from sfexport.engines.memory import MemoryEstimate, estimate_memory, memory_sources, physical_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory, memory_sources, physical_memory, with_decoder_parts
 from sfexport.engines.profiles import Limits, resolve_profiles
 from sfexport.engines.tensorrt.build import memory_needs
 from sfexport.errors import InputError
@@ -243,13 +243,20 @@ class _MemoryEstimates:
         self._bundles = bundles
         self._known: dict[tuple[int, bool], MemoryEstimate] = {}
 
-    def of(self, storage: Storage, weights: dict[str, int], mapped: bool) -> MemoryEstimate:
-        """Estimate memory for a Storage; `weights`: bytes by part; `mapped`: the parser maps the weights file."""
+    def of(self, storage: Storage, weights: dict[str, int], mapped: bool, parts: int) -> MemoryEstimate:
+        """Estimate memory for a Storage.
+
+        Args:
+            weights: bytes by part.
+            mapped: the parser maps the weights file.
+            parts: engines that the decoder is split into.
+        """
         width = storage.width
         if (width, mapped) not in self._known:
             self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
         found = self._known[width, mapped]
-        return with_quantized(found, weights, mapped) if storage.quantised else found
+        found = with_quantized(found, weights, mapped) if storage.quantised else found
+        return with_decoder_parts(found, parts, mapped)
 
 
 def _on_target(checkpoint: Checkpoint, memory: _MemoryEstimates, lengths: Lengths, target: Target) -> TargetPlan:
@@ -258,7 +265,7 @@ def _on_target(checkpoint: Checkpoint, memory: _MemoryEstimates, lengths: Length
     found = []
     for storage in storages(checkpoint.half_precision):
         weights = weight_bytes(config, tower, storage)
-        needs = memory.of(storage, weights, mapped)
+        needs = memory.of(storage, weights, mapped, min(target.split_decoder, config.text.num_layers))
         builds, answers = _builds_and_answers(needs, target)
         speed = estimate_speed(config, tower, size, lengths, storage, weights, target)
         found.append(Figures(storage, weights, needs, builds, answers, speed))

@@ -71,7 +71,7 @@ def test_the_7b_model_passes_on_every_target(target, jetpack, tensorrt, sparse_7
     assert "TensorRT for RTX 1.7, not TensorRT" in source["found"] and source["passed"] is None
     assert "measured" in report["memory"]["sources"]["engine"]
     for graph in report["memory"]["graphs"]:
-        assert 0 < graph["engine_activations"] < 1.3 * graph["activations"]
+        assert 0 < graph["engine_activations"] < 1.4 * graph["activations"]
         assert graph["engine"] >= graph["weights"]
 
 

@@ -14,7 +14,7 @@ import onnx
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.dtypes import Precision
-from sfexport.engines.memory import MemoryEstimate, estimate_memory
+from sfexport.engines.memory import MemoryEstimate, estimate_memory, with_decoder_parts
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt import cuda
 from sfexport.engines.tensorrt.allocator import chunked_allocator
@@ -104,15 +104,14 @@ def build_tensorrt(
     """
     trt, machine, gpu = check_machine(options)
     limits = options.limits(bundle)
-    profiles = resolve_profiles(bundle, limits)
+    profiles, parts = resolve_profiles(bundle, limits), options.decoder_parts(bundle, match_machine(machine))
     if not force:
-        check_build_memory(bundle, profiles, machine, gpu, trt.__version__)
+        check_build_memory(bundle, profiles, parts, machine, gpu, trt.__version__)
     weights_read = check_weights(bundle, on_step)
     kind, kernels = _prepare_plugin(trt, bundle, gpu, options, on_step)
     timings = timing_cache_file(gpu.name, trt.__version__)
     tf32, allocator = bundle.precision != Precision.FP32, chunked_allocator(trt)
     build = BuildOptions(options.optimization_level, timing_cache=timings, tf32=tf32, allocator=allocator)
-    parts = options.decoder_parts(bundle, match_machine(machine))
     for graph in engine_graphs(bundle, profiles, parts, on_step):
         on_step(f"building {graph.name} with TensorRT {trt.__version__} for {gpu.name}")
         source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"
@@ -167,14 +166,18 @@ def _check_target(target: Target | None, gpu: Gpu) -> None:
 
 
 def check_build_memory(
-    bundle: Bundle, profiles: dict[str, list[Profile]], machine: Machine, gpu: Gpu, tensorrt_version: str
+    bundle: Bundle, profiles: dict[str, list[Profile]], parts: int, machine: Machine, gpu: Gpu, tensorrt_version: str
 ) -> None:
     """Refuse a build that the estimate says will not fit, before time is lost.
+
+    Args:
+        parts: engines that the decoder is split into.
 
     Raises:
         SfexportError: naming both sizes.
     """
-    estimate = estimate_memory(bundle, profiles, maps_weights(tensorrt_version))
+    mapped = maps_weights(tensorrt_version)
+    estimate = with_decoder_parts(estimate_memory(bundle, profiles, mapped), parts, mapped)
     for what, needs, has in memory_needs(estimate, machine.jetson_model is not None, gpu.memory_gb, machine.memory_gb):
         if has is not None and needs > has:
             takes, there = sizes_text(1e9 * needs, 1e9 * has)

@@ -14,7 +14,7 @@ from typing import Any
 from sfexport.artifacts.atomic import new_directory
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.manifest_files import describe_files, write_manifest
-from sfexport.engines.memory import MEASURED_WITH, MemoryEstimate, estimate_memory
+from sfexport.engines.memory import MEASURED_WITH, MemoryEstimate, estimate_memory, with_decoder_parts
 from sfexport.engines.profiles import Limits, Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions, memory_needs, plugin_settings
 from sfexport.engines.tensorrt.graph_file import EngineGraph, engine_graphs
@@ -92,7 +92,9 @@ def check_build(bundle: Bundle, target: Target, options: TensorRTOptions) -> Rea
     profiles = resolve_profiles(bundle, limits)
     support, parts = support_for(target.tensorrt), options.decoder_parts(bundle)
     kernel_checks, kernels = _check_kernels(bundle, target, options)
-    memory = estimate_memory(bundle, profiles, maps_weights(target.tensorrt), plugin=bool(kernels))
+    mapped = maps_weights(target.tensorrt)
+    memory = estimate_memory(bundle, profiles, mapped, plugin=bool(kernels))
+    memory = with_decoder_parts(memory, parts, mapped)
     checks = [
         _check_precision(bundle, target),
         *_check_graphs(bundle, target, support, engine_graphs(bundle, profiles, parts), plugin=bool(kernels)),

@@ -14,7 +14,7 @@ import onnx
 import onnx.inliner
 
 from sfexport.artifacts.bundle import Bundle
-from sfexport.engines.memory import MEASURED_WITH, estimate_memory, physical_memory
+from sfexport.engines.memory import MEASURED_WITH, estimate_memory, physical_memory, with_decoder_parts
 from sfexport.engines.profiles import Profile, resolve_profiles
 from sfexport.engines.tensorrt.build import TensorRTOptions
 from sfexport.engines.tensorrt.builder import BuildOptions, build_engine
@@ -50,9 +50,9 @@ def build_rtx(
     trt = library()
     check_options(trt, options)
     limits = options.limits(bundle)
-    profiles = resolve_profiles(bundle, limits)
+    profiles, parts = resolve_profiles(bundle, limits), options.decoder_parts(bundle)
     if not force:
-        _check_memory(bundle, profiles)
+        _check_memory(bundle, profiles, parts)
     weights_read = check_weights(bundle, on_step)
     capabilities = () if options.target is None else (_capability(options.target),)
 
@@ -63,7 +63,6 @@ def build_rtx(
 
     tf32 = bundle.precision != "fp32"
     build = BuildOptions(options.optimization_level, tf32=tf32, configure=configure if capabilities else None)
-    parts = options.decoder_parts(bundle)
     for graph in engine_graphs(bundle, profiles, parts, on_step):
         on_step(f"building {graph.name} with TensorRT for RTX {trt.__version__}")
         source, file = directory / f"{graph.name}.onnx", directory / f"{graph.name}.engine"
@@ -102,15 +101,20 @@ def _capability(target: Target) -> str:
     return f"SM{target.sm}"
 
 
-def build_memory(bundle: Bundle, profiles: dict[str, list[Profile]]) -> int:
-    """Estimate the peak resident memory of building the bundle's largest graph."""
-    graphs = estimate_memory(bundle, profiles, mapped_weights=True, plugin=False).graphs
-    copies = (g.weights * (HOST_COPIES_CONVERTED if g.converted else HOST_COPIES) for g in graphs)
+def build_memory(bundle: Bundle, profiles: dict[str, list[Profile]], parts: int = 1) -> int:
+    """Estimate the peak resident memory of building the bundle's largest graph.
+
+    Args:
+        parts: engines that the decoder is split into.
+    """
+    estimate = estimate_memory(bundle, profiles, mapped_weights=True, plugin=False)
+    graphs = with_decoder_parts(estimate, parts, mapped_weights=True).graphs
+    copies = (g.weights / g.parts * (HOST_COPIES_CONVERTED if g.converted else HOST_COPIES) for g in graphs)
     return round(max(copies)) + HOST_BASE
 
 
-def _check_memory(bundle: Bundle, profiles: dict[str, list[Profile]]) -> None:
-    needed, available = build_memory(bundle, profiles), physical_memory()
+def _check_memory(bundle: Bundle, profiles: dict[str, list[Profile]], parts: int) -> None:
+    needed, available = build_memory(bundle, profiles, parts), physical_memory()
     if available is not None and needed > available:
         needs, has = sizes_text(needed, available)
         raise SfexportError(
