@@ -14,7 +14,6 @@ from pathlib import Path
 
 import av
 import pytest
-from conftest import Tree
 from helpers import (
     FIRST,
     INDEX,
@@ -32,6 +31,7 @@ from helpers import (
     write_shard,
 )
 
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.errors import CheckpointError
 from sfexport.exporting import export as bundle_module
 from sfexport.testing.random_checkpoint import write_random_checkpoint

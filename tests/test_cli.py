@@ -10,12 +10,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import assert_says, document, promise_again, sfexport, snapshot, strict_json
 from PIL import Image
 
 from sfexport import __version__
 from sfexport.cli import main
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.qa.pipeline import Pipeline
 from sfexport.qa.video_session import STAGES
 

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Tree
 from helpers import sfexport
+
+from sfexport.demo.run import DemoPaths as Tree
 
 KILLS = int(os.environ.get("SFEXPORT_KILLS", "2"))
 # Reports when the imports are done, so that kills fall into the work.

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Tree
 from helpers import assert_says
+
+from sfexport.demo.run import DemoPaths as Tree
 
 PART = "raise ImportError(\"cannot import name 'part' from 'helper.parts'\", name='helper.parts')"
 BROKEN = {

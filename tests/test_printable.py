@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Tree
 from helpers import assert_says, edit_json, refusal, sfexport, strict_json
 
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.printable import LONGEST, json_text, printable, size_text, sizes_text
 
 HOSTILE = "\x1b[2J\x07\x9b31m\u202egnp.\u2066\u2028\x7f\udce9"

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import refusal
 
 import sfexport
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.errors import InputError
 from sfexport.exporting.export import ExportOptions
 from sfexport.values import as_path, one_of, whole_number

@@ -11,13 +11,13 @@ from typing import Any
 
 import onnx
 import pytest
-from conftest import Tree
 from helpers import assert_says, edit_json, promise_again, refusal, sfexport
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.engines import Engines
 from sfexport.artifacts.inspect import inspect
 from sfexport.artifacts.manifest_files import content_digest
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.engines.build import open_backend
 from sfexport.errors import BundleError, SfexportError
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import assert_says, refusal, sfexport, split_shard, write_shard
 
 from sfexport.artifacts import identity
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.engines.build import build
 from sfexport.errors import BundleError
 from sfexport.exporting.export import ExportOptions, export

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tree
 from helpers import (
     FIRST,
     assert_says,
@@ -27,6 +26,7 @@ from sfexport import __version__
 from sfexport.artifacts.bundle import Bundle
 from sfexport.artifacts.engines import Engines
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.engines import memory
 from sfexport.engines.build import build
 from sfexport.exporting.export import ExportOptions, export

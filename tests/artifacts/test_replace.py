@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Tree
 from helpers import assert_says, edit_json, refusal, set_fields, sfexport, snapshot
 
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.engines.tensorrt.preflight import BUILD_FILE
 
 

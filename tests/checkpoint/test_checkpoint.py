@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import (
     FIRST,
     INDEX,
@@ -29,6 +28,7 @@ from hypothesis import strategies as st
 
 from sfexport.checkpoint.checkpoint import Checkpoint, Tensor
 from sfexport.checkpoint.config import MODEL_TYPE, ModelConfig
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.dtypes import Precision
 from sfexport.errors import CheckpointError
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import (
     FIRST,
     INDEX,
@@ -27,6 +26,7 @@ from helpers import (
 )
 
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.dtypes import Precision
 from sfexport.engines.interface import DecoderStep
 from sfexport.engines.onnxruntime_backend import OnnxRuntimeBackend

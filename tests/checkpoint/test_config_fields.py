@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tree
 from helpers import assert_says, refusal, set_fields, sfexport
 
 from sfexport.artifacts.bundle import Bundle
@@ -18,6 +17,7 @@ from sfexport.checkpoint.config import ModelConfig
 from sfexport.checkpoint.config_fields import MAX_FRAMES, ConfigFields
 from sfexport.checkpoint.tower_names import named_size, tower_kind
 from sfexport.checkpoint.vision_tower import ConvNextTower, VitTower, tower_from_sizes
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.errors import CheckpointError
 from sfexport.fields import unknown_fields
 from sfexport.testing.random_checkpoint import write_random_checkpoint

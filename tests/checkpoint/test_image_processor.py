@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import assert_says, document, refusal, set_fields, sfexport
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessorConfig, ProcessorFields, image_notes
 from sfexport.checkpoint.vision_tower import CONVNEXT_XXL, VitTower
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.errors import CheckpointError
 from sfexport.testing.random_checkpoint import preprocessor_config
 from sfexport.video.preprocessing import preprocess

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Tree
 from helpers import FIRST, assert_says, change_tensors, document, refusal, set_fields, sfexport
 
 from sfexport.artifacts.bundle import Bundle
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.engines.build import build
 from sfexport.errors import CheckpointError
 from sfexport.exporting.export import ExportOptions, export

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Tree
 
 from sfexport.comparing.compare import Tolerance
 from sfexport.comparing.report import show
 from sfexport.comparing.run import run_parity, tie_within
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.qa.pipeline import Pipeline
 
 pytest.importorskip("torch", reason="parity compares with PyTorch, which is not installed")

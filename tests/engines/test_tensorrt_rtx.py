@@ -14,7 +14,6 @@ from typing import Any
 import onnx
 import onnx.inliner
 import pytest
-from conftest import Tree
 from helpers import assert_says, sfexport
 from plan_text import PlanText
 from test_parser_support import VARIANTS
@@ -25,6 +24,7 @@ from sfexport.artifacts.bundle import GRAPHS, Bundle
 from sfexport.artifacts.engines import Engines
 from sfexport.artifacts.manifest_fields import TensorRTFields, check_fields
 from sfexport.checkpoint.checkpoint import Checkpoint
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.demo.shipped import SHIPPED
 from sfexport.engines.build import build as build_engines
 from sfexport.engines.build import choose_backend, engine_name, open_backend

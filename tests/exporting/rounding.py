@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from golden_data import Golden
+from golden_data import Golden, goldens
 from onnx import TensorProto, helper, inliner, shape_inference
 from sessions import model_session
 from text_cache import TextCache
@@ -134,3 +134,17 @@ class RoundedGolden:
         ids, table = self.golden.ids(0), self.bundle.embedding().rows()
         (at,) = np.flatnonzero(ids == -200)
         return np.concatenate([table[ids[:at]], fast, table[ids[at + 1 :]]])
+
+
+def with_large_biases(folder: Path) -> Golden:
+    """Copy a golden, with key and query biases as large as Qwen2's: its scores reach 10^5."""
+    from safetensors.numpy import load_file, save_file
+
+    golden = next(g for g in goldens() if g.name == "base_t16")
+    copy = Path(shutil.copytree(golden.path, folder / "golden"))
+    tensors = load_file(copy / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            tensors[name] = tensors[name] + np.float32(400)
+    save_file(tensors, copy / "model.safetensors")
+    return Golden(copy, "")

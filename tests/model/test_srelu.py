@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import Tree
 from helpers import FIRST, SECOND, assert_says, change_tensors, refusal, set_fields, split_shard, strict_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfexport.checkpoint.checkpoint import Checkpoint
 from sfexport.checkpoint.config import ModelConfig, ProjectorConfig
+from sfexport.demo.run import DemoPaths as Tree
 from sfexport.errors import CheckpointError
 from sfexport.graphs.vision_encoder import write_projector
 from sfexport.graphs.writer import GraphWriter
