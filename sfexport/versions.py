@@ -19,6 +19,7 @@ OLDEST: dict[str, Version] = {
     "cuda-python": (12, 6),
 }
 TENSORRT_RTX: Version = (1, 7, 1, 116)  # the one version that engines are built with; pyproject's extra pins it
+GSTREAMER: Version = (1, 0)  # of its programming interface
 OLDEST_JETPACK: Version = (6, 1)  # 6.0 has TensorRT 8.6
 RECOMMENDED_JETPACKS: tuple[Version, ...] = ((6, 2), (7, 2))
 # Jetson Linux (L4T) and the JetPack it came with, oldest first; a version belongs to the last one that is not newer.

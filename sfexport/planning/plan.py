@@ -236,12 +236,12 @@ def _lengths(checkpoint: Checkpoint, frames: int) -> Lengths:
 
 
 class _MemoryEstimates:
-    """Memory estimates of the exported bundles, by width in bytes and mapping of weights; each is computed once."""
+    """Memory estimates of the exported bundles, by width in bytes; each is computed once."""
 
     def __init__(self, bundles: dict[int, Bundle], limits: Limits) -> None:
         self._profiles = {width: resolve_profiles(bundle, limits) for width, bundle in bundles.items()}
         self._bundles = bundles
-        self._known: dict[tuple[int, bool], MemoryEstimate] = {}
+        self._known: dict[int, MemoryEstimate] = {}
 
     def of(self, storage: Storage, weights: dict[str, int], mapped: bool, parts: int) -> MemoryEstimate:
         """Estimate memory for a Storage.
@@ -252,9 +252,9 @@ class _MemoryEstimates:
             parts: engines that the decoder is split into.
         """
         width = storage.width
-        if (width, mapped) not in self._known:
-            self._known[width, mapped] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
-        found = self._known[width, mapped]
+        if width not in self._known:
+            self._known[width] = estimate_memory(self._bundles[width], self._profiles[width], mapped)
+        found = self._known[width]
         found = with_quantized(found, weights, mapped) if storage.quantised else found
         return with_decoder_parts(found, parts, mapped)
 

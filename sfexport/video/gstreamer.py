@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from sfexport.errors import InputError, MissingDependency, VideoError
+from sfexport.versions import GSTREAMER, version_text
 from sfexport.video.clip import Clip
 
 INSTALL = (
@@ -44,7 +45,7 @@ def load_gstreamer() -> Any:
     try:
         import gi
 
-        gi.require_version("Gst", "1.0")
+        gi.require_version("Gst", version_text(GSTREAMER))
         from gi.repository import Gst
 
         Gst.init(None)

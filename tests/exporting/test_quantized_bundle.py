@@ -228,7 +228,9 @@ def answers(bundle: Bundle, folder: Path, clips: int) -> list[bool]:
         clip = folder / "clip.mp4"
         write_frames(clip, video_frames(4242, index), FPS, (SIZE * UPSCALE, SIZE * UPSCALE))
         session = pipeline.encode(clip)
-        right += [session.ask(q.text, options).answer == q.answer for q in make_scene(4242, index).questions()]
+        questions = make_scene(4242, index).questions()
+        found = session.ask_many([q.text for q in questions], options)
+        right += [answer.answer == q.answer for answer, q in zip(found, questions, strict=True)]
     return right
 
 

@@ -197,7 +197,7 @@ def scores_of(model: onnx.ModelProto) -> set[str]:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("golden", ONE_ROW, ids=lambda g: g.name)
+@pytest.mark.parametrize("golden", ONE_ROW[:2], ids=lambda g: g.name)
 def test_it_is_as_exact_as_the_bundles_own(golden: Golden, precision: str, unrounded: set[str], tmp_path: Path) -> None:
     """Root mean square error of all logits against PyTorch's in float32, every value as wide as the graph says."""
     run, exact = RoundedGolden(golden, precision, tmp_path), golden.outputs["prefill_logits"][0]
