@@ -27,7 +27,6 @@ from measuring import HERE, main_or_child, measure, run
 sys.path.insert(0, str(HERE.parent))
 FRAMES, VOCABULARY = 64, 32_000
 SAMPLED = 0.02  # seconds between two looks at this process's memory
-DEVMEM = re.compile(rb"name=devmem size=(\d+)")
 # What the builder logs at its highest level, once for each profile.
 SAID = {
     "weights_said": re.compile(r"Total Weights Memory: (\d+)"),
@@ -103,16 +102,14 @@ def build(directory: str, graph: str, out: str, plugin: str) -> dict[str, Any]:
     lines = keep_log(builder, trt)
     with PeakMemory() as peak:
         builder.build_engine(trt, file, bundle.weights_directory, Path(out), profiles[graph], builder.BuildOptions())
-    engine = Path(out).read_bytes()
     said = {name: [int(n) for line in lines for n in pattern.findall(line)] for name, pattern in SAID.items()}
     return {
-        "engine": len(engine),
+        "engine": Path(out).stat().st_size,
         "weights": estimate.weights,
         **{name: max(numbers, default=None) for name, numbers in said.items()},
         "activations_of_profiles": said["activations"],
         "start": peak.start,
         "anonymous": peak.highest,
-        "devmem": max((int(size) for size in DEVMEM.findall(engine)), default=None),
         "activations_computed": estimate.activations,
         "version": str(trt.__version__),
     }

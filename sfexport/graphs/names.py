@@ -22,6 +22,7 @@ PAST_LENGTHS = "past_lengths"
 SLOW_ATTENDS = "slow_attends"
 SLOW_LENGTHS = "slow_lengths"
 LOGITS = "logits"
+NEW_KEY_VALUES = "new_key_values"
 # Only in the form for TensorRT.
 BEST_TOKENS = "best_tokens"
 LOGIT_SUMS = "logit_sums"
@@ -48,7 +49,7 @@ def past_names(config: ModelConfig, layers: range | None = None) -> list[str]:
 
 def new_names(config: ModelConfig, layers: range | None = None) -> list[str]:
     """Name the K/V of a step's own positions, in the order of prefix_names: decoder outputs."""
-    return _text_names("new_key_values", config, layers)
+    return _text_names(NEW_KEY_VALUES, config, layers)
 
 
 def _text_names(kind: str, config: ModelConfig, layers: range | None) -> list[str]:

@@ -5,8 +5,8 @@
 
 `attends` is cast to int32 for them: TensorRT's header says that a plugin's tensors cannot be of type BOOL.
 
-A build with the plugins parses this file, a build without them the bundle's own. So no rule of any TensorRT version
-about which of a function and a plugin wins is relied upon.
+A build with the plugins parses this file, a build without them the graph with the function. So no rule of any TensorRT
+version about which of a function and a plugin wins is relied upon.
 """
 
 from __future__ import annotations

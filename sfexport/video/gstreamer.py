@@ -49,10 +49,8 @@ def load_gstreamer() -> Any:
         from gi.repository import Gst
 
         Gst.init(None)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # the module, a typelib or a shared library is absent
         raise MissingDependency("gi", "--decoder gstreamer", INSTALL, failure=error) from None
-    except Exception as error:  # a typelib or a shared library is absent
-        raise MissingDependency("gi", "--decoder gstreamer", INSTALL, failure=error) from error
     return Gst
 
 

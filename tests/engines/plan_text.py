@@ -16,8 +16,6 @@ from pathlib import Path
 
 _KERNEL = re.compile(rb"name=(\w+)")
 _REGION = re.compile(rb"region = \{[^}]*?name=(\w+)[^}]*?size=(\d+)")
-# A fused product names its dequantisation before it: CastMulFc. One of these alone writes a whole matrix.
-_EXPANDS = re.compile(r"^__myl_(Cast|Move)?(Mul|Dq)(Cast|Tran|Move)*$")
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ class TensorRTBackend(Backend):
 
     def _outputs(self, part: Engine, rows: int, count: int) -> dict[str, DeviceTensor]:
         """Return memory for what a part returns beside K and V: its hidden states, or the logits."""
-        text, own = self.config.text, set(self._new_names)
+        text = self.config.text
         shapes = {names.LOGITS: (rows, text.vocab_size), names.BEST_TOKENS: (rows,), names.LOGIT_SUMS: (rows,)}
         hidden = (rows, count, text.hidden_size)
-        wanted = [name for name in part.outputs if name not in own]
+        wanted = [name for name in part.outputs if not name.startswith(names.NEW_KEY_VALUES)]
         return {name: self._transfers.reuse(part, name, shapes.get(name, hidden)) for name in wanted}
 
     def download_outputs(self, outputs: dict[str, DeviceTensor], *wanted: str) -> list[np.ndarray]:

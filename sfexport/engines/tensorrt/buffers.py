@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sfexport.engines.tensorrt.cuda import Buffer
-from sfexport.errors import SfexportError
+from sfexport.engines.tensorrt.cuda import Buffer, release
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,8 @@ class OwnedBuffer(Buffer):
     """Own device memory and free it with the last reference."""
 
     def __del__(self) -> None:
-        # At interpreter exit CUDA may already be shut down; ignore the error.
-        with contextlib.suppress(SfexportError):
-            if hasattr(self, "pointer"):
-                self.free()
+        if hasattr(self, "pointer"):
+            release("cuMemFree", self.pointer)
 
 
 class Pool:

@@ -63,6 +63,12 @@ def call(name: str, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def release(name: str, handle: Any) -> None:
+    """Call a function that frees; ignore its error, since CUDA may already be shut down at interpreter exit."""
+    with contextlib.suppress(SfexportError):
+        call(name, handle)
+
+
 def _error_text(driver: Any, status: Any) -> str:
     failed, text = driver.cuGetErrorString(status)
     return str(status) if int(failed) or not text else f"{text.decode()} ({int(status)})"
@@ -177,10 +183,8 @@ class Graph:
             call("cuGraphDestroy", captured)
 
     def __del__(self) -> None:
-        # At interpreter exit CUDA may already be shut down; ignore the error.
-        with contextlib.suppress(SfexportError):
-            if hasattr(self, "handle"):
-                call("cuGraphExecDestroy", self.handle)
+        if hasattr(self, "handle"):
+            release("cuGraphExecDestroy", self.handle)
 
 
 class PinnedBuffer:
@@ -196,9 +200,8 @@ class PinnedBuffer:
         return self.bytes[:count].view(dtype).reshape(shape)
 
     def __del__(self) -> None:
-        with contextlib.suppress(SfexportError):
-            if hasattr(self, "_pointer"):
-                call("cuMemFreeHost", self._pointer)
+        if hasattr(self, "_pointer"):
+            release("cuMemFreeHost", self._pointer)
 
 
 class Buffer:
@@ -207,9 +210,6 @@ class Buffer:
     def __init__(self, size: int) -> None:
         self.size = max(size, 1)
         self.pointer = int(call("cuMemAlloc", self.size))
-
-    def free(self) -> None:
-        call("cuMemFree", self.pointer)
 
 
 @cache

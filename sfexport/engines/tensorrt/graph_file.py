@@ -52,8 +52,7 @@ def engine_graphs(
         if name != "decoder" or parts == 1:
             yield EngineGraph(name, tensorrt_graph(bundle, name, on_step), list(profiles[name]))
             continue
-        for part, layers in zip(decoder_files(parts), split_layers(bundle.config.text, parts), strict=True):
-            model = _decoder_part(bundle, layers)
+        for part, model in zip(decoder_files(parts), _decoder_parts(bundle, parts), strict=True):
             yield EngineGraph(part, model, [_of_part(profile, model) for profile in profiles[name]])
 
 
@@ -95,15 +94,16 @@ def split_layers(text: TextConfig, parts: int) -> list[range]:
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _decoder_part(bundle: Bundle, layers: range) -> onnx.ModelProto:
+def _decoder_parts(bundle: Bundle, parts: int) -> Iterator[onnx.ModelProto]:
     model = onnx.load(bundle.graph_file("decoder"), load_external_data=False)
-    write = _writer(bundle, model)
+    spans, write = split_layers(bundle.config.text, parts), _writer(bundle, model)
     if not _is_written_by(write, model):
         raise InputError(
             f"The decoder in {bundle.path} is not as this version of sfexport writes it, so it cannot be split.",
             "Export again, or build with --split-decoder 1.",
         )
-    return ir.to_proto(write(for_tensorrt=True, layers=layers))
+    for layers in spans:
+        yield ir.to_proto(write(for_tensorrt=True, layers=layers))
 
 
 def _writer(bundle: Bundle, model: onnx.ModelProto) -> Callable[..., ir.Model]:
